@@ -1,0 +1,1 @@
+"""Checkpoint in, engine directory out: quantize, export, compile, verify."""

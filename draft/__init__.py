@@ -1,0 +1,1 @@
+"""Train, align, evaluate and package the draft model."""

@@ -1,0 +1,1 @@
+"""Operators that neither PyTorch nor TensorRT has well: one folder an operator."""

@@ -1,0 +1,1 @@
+"""The trtvlm command line, and what a person runs."""
