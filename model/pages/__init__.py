@@ -1,0 +1,5 @@
+"""Pages of printed text: drawn for teaching and testing, and the samples that are bundled."""
+
+from trtvlm.model.pages.page import KINDS, Page, PageSpec, render_page
+
+__all__ = ["KINDS", "Page", "PageSpec", "render_page"]
