@@ -1,0 +1,173 @@
+"""Checkpoints in the official layout: found by name, read lazily from any number of shards, checked tensor by tensor."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trtvlm.model.config import ModelConfig
+from trtvlm.model.errors import UserError
+from trtvlm.model.vlm import DeepseekVL2
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_BUNDLED = {name: Path(__file__).parent / "nano" / part for name, part in (("nano", "target"), ("nano-draft", "draft"))}
+
+# In official checkpoints but never run: the vision tower's attention pool (ignore_head).
+_UNUSED = "vision.attn_pool."
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The folder of a checkpoint given as a bundled name ("nano", "nano-draft"), a folder, or a Hugging Face hub name.
+
+    A hub name ("owner/name") is downloaded to the hub's cache. Raises UserError when nothing is found.
+    """
+    if name_or_path in _BUNDLED:
+        return _BUNDLED[name_or_path]
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"The model {name_or_path} is a file; give the folder that holds config.json and the weights.")
+    if name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
+        return _download(name_or_path)
+    names = ", ".join(f"'{name}'" for name in _BUNDLED)
+    raise UserError(
+        f"There is no model '{name_or_path}': it is neither a folder, nor a bundled model ({names}), nor a hub name."
+    )
+
+
+def bundled_draft(name_or_path: str) -> str | None:
+    """The draft that comes with a bundled target, if `name_or_path` names one."""
+    return "nano-draft" if name_or_path == "nano" else None
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; all mean: not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The model '{name}' is not a folder here and could not be fetched from the Hugging Face hub ({reason}); "
+            "check the name and the connection, or give a folder."
+        ) from None
+
+
+class CheckpointReader:
+    """Reads single tensors of a checkpoint folder, memory-mapped, whichever shard they are in."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, Path] = {}
+        index = self.folder / INDEX
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                self._files = {str(name): self.folder / str(shard) for name, shard in weight_map.items()}
+            except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+                raise UserError(f"{index} is not a valid safetensors index; download it again.") from None
+            self._check_shards()
+        elif (self.folder / WEIGHTS).exists():
+            with self._open(self.folder / WEIGHTS) as shard:
+                self._files = dict.fromkeys(shard.keys(), self.folder / WEIGHTS)
+        else:
+            raise UserError(f"There are no weights in {self.folder}: neither {WEIGHTS} nor {INDEX}.")
+
+    def _check_shards(self) -> None:
+        for path in sorted(set(self._files.values())):
+            names = [name for name, file in self._files.items() if file == path]
+            if not path.exists():
+                raise UserError(
+                    f"The shard {path} is missing; it holds {names[0]} and {len(names) - 1} other tensors. Download it again."
+                )
+            with self._open(path) as shard:
+                present = set(shard.keys())
+            absent = [name for name in names if name not in present]
+            if absent:
+                raise UserError(
+                    f"The shard {path} has no tensor {absent[0]}, although {INDEX} says so; download it again."
+                )
+
+    def _open(self, path: Path) -> safe_open:
+        try:
+            return safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); download it again.") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def keys(self) -> Iterator[str]:
+        """The names of all tensors, sorted."""
+        return iter(sorted(self._files))
+
+    def _file_of(self, name: str) -> Path:
+        if name not in self._files:
+            raise UserError(f"The checkpoint {self.folder} has no tensor {name}; is it complete, and a DeepSeek-VL2?")
+        return self._files[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, without reading it."""
+        with self._open(self._file_of(name)) as shard:
+            return tuple(shard.get_slice(name).get_shape())
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as it is stored. Raises UserError when it is not in the checkpoint."""
+        path = self._file_of(name)
+        with self._open(path) as shard:
+            try:
+                tensor: Tensor = shard.get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged at tensor {name} ({error}); download it again.") from None
+        return tensor
+
+    def load_into(self, module: torch.nn.Module, prefix: str) -> None:
+        """Copy every parameter of `module` from the tensors named `prefix` + its name, in the module's dtype and device.
+
+        Raises UserError naming the tensor that is missing or has another shape than the configuration says.
+        """
+        for name, parameter in module.named_parameters():
+            tensor = self.get(prefix + name)
+            if tensor.shape != parameter.shape:
+                raise UserError(
+                    f"The tensor {prefix + name} of {self.folder} has shape {list(tensor.shape)}, but config.json makes it "
+                    f"{list(parameter.shape)}; the two do not belong together."
+                )
+            with torch.no_grad():
+                parameter.copy_(tensor)
+
+
+def load_model(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DeepseekVL2:
+    """The whole model in evaluation mode. Raises UserError naming any missing, misshapen or unknown tensor."""
+    folder = resolve_model(str(name_or_path))
+    config = ModelConfig.from_pretrained(folder)
+    reader = CheckpointReader(folder)
+    with torch.device("meta"):
+        model = DeepseekVL2(config)
+    known = {name for name, _ in model.named_parameters()}
+    unknown = [name for name in reader.keys() if name not in known and not name.startswith(_UNUSED)]
+    model = model.to(dtype).to_empty(device=device)
+    reader.load_into(model, "")
+    if unknown:
+        raise UserError(f"The checkpoint {folder} has a tensor {unknown[0]} that its config.json has no place for.")
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: DeepseekVL2, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write config.json and model.safetensors in the official layout; the folder is made if it is not there."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
