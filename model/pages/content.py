@@ -19,14 +19,53 @@ MONTHS = (
     *("July", "August", "September", "October", "November", "December"),
 )
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-UNITS = ("kg", "g", "mg", "km", "cm", "mm", "m", "ml", "l", "Hz", "kHz", "MHz", "GB", "MB", "kB", "V", "W", "kW", "s", "ms")
+UNITS = (
+    "kg",
+    "g",
+    "mg",
+    "km",
+    "cm",
+    "mm",
+    "m",
+    "ml",
+    "L",
+    "Hz",
+    "kHz",
+    "MHz",
+    "GB",
+    "MB",
+    "kB",
+    "V",
+    "W",
+    "kW",
+    "s",
+    "ms",
+)
 DOMAINS = ("com", "org", "net", "edu", "io", "co.uk", "de", "info")
 SMALL_WORDS = (
     "the of and to a in is it for that was on with as be at by this from or had not are but they which you all were "
     "we when your can said there use an each she do how if will up other about out many then them these so some her "
     "would make like him into time has look two more go see no way could my than first who been its now did get"
 ).split()
-ONSETS = ("", *"bcdfghjklmnprstvwyz", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "qu", "sh", "sk", "st", "str", "th", "tr")
+ONSETS = (
+    "",
+    *"bcdfghjklmnprstvwyz",
+    "br",
+    "ch",
+    "cl",
+    "cr",
+    "dr",
+    "fl",
+    "gr",
+    "pl",
+    "qu",
+    "sh",
+    "sk",
+    "st",
+    "str",
+    "th",
+    "tr",
+)
 VOWELS = (*"aeiou", "ai", "ea", "ee", "ie", "oo", "ou", "y")
 CODAS = ("", "", *"bdgklmnprstx", "ck", "ct", "ff", "ld", "ll", "nd", "ng", "nt", "rd", "rt", "ss", "st", "th")
 
@@ -74,7 +113,10 @@ class Writer:
             return word.capitalize()
         if kind < 0.94:
             return word.upper()
-        return "".join(char.upper() if self.rng.random() < 0.5 else char for char in word)
+        # capital I and small l are left out of it: in such a word nothing tells them apart
+        return "".join(
+            char.upper() if char == "l" or (char != "i" and self.rng.random() < 0.5) else char for char in word
+        )
 
     def digits(self, low: int, high: int) -> str:
         """Between `low` and `high` random digits."""
@@ -105,7 +147,9 @@ class Writer:
         rng = self.rng
         amount = rng.random() * 10 ** rng.randint(1, 4)
         text = f"{amount:,.2f}"
-        return rng.choice((text, text, f"${text}", f"${text}", f"$ {text}", f"{text} USD", f"EUR {text}", f"{amount:.2f}-"))
+        return rng.choice(
+            (text, text, f"${text}", f"${text}", f"$ {text}", f"{text} USD", f"EUR {text}", f"{amount:.2f}-")
+        )
 
     def date(self) -> str:
         """A date or a time of day."""
@@ -164,7 +208,7 @@ class Writer:
                 f"({self.digits(3, 3)}) {self.digits(3, 3)}-{self.digits(4, 4)}",
                 f"+{self.digits(1, 2)} {self.digits(2, 3)} {self.digits(3, 4)} {self.digits(3, 4)}",
                 f"v{rng.randrange(10)}.{rng.randrange(20)}.{rng.randrange(30)}",
-                f"0x{rng.randrange(16**rng.randint(2, 8)):x}",
+                f"0x{rng.randrange(16 ** rng.randint(2, 8)):x}",
                 f"{a}_{b}",
                 f"{a}{b.capitalize()}",
                 f"{a}({b})",
@@ -191,7 +235,9 @@ class Writer:
     def letters(self) -> str:
         """A random string of letters, or of letters and digits."""
         rng = self.rng
-        pool = rng.choice((string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.ascii_letters + string.digits))
+        pool = rng.choice(
+            (string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.ascii_letters + string.digits)
+        )
         return "".join(rng.choices(self._pool(pool), k=rng.randint(1, 10)))
 
     def characters(self) -> str:

@@ -69,13 +69,17 @@ def soften(ink: Image.Image, rng: random.Random, letter: float) -> Image.Image:
             (max(1, round(width * factor)), max(1, round(height * factor))),
             rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)),
         )
-        return small.resize(ink.size, rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST)))
+        return small.resize(
+            ink.size, rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST))
+        )
     if kind < 0.9:
         # spreading or starved ink: blur, then move the edge
         blurred = ink.filter(ImageFilter.GaussianBlur(0.6))
         edge = rng.uniform(70, 150)
         gain = rng.uniform(2, 5)
-        return blurred.point([max(0, min(255, round((value - edge) * gain + 128))) if value else 0 for value in range(256)])
+        return blurred.point(
+            [max(0, min(255, round((value - edge) * gain + 128))) if value else 0 for value in range(256)]
+        )
     return ink.filter(ImageFilter.UnsharpMask(radius=1.5, percent=rng.randint(50, 200), threshold=0))
 
 
@@ -183,7 +187,11 @@ def grain(page: Image.Image, rng: random.Random) -> Image.Image:
     else:
         noise = _noise_cut(size, deviation, rng)
     if page.mode == "RGB":
-        bands = (noise, _noise_cut(size, deviation, rng), _noise_cut(size, deviation, rng)) if rng.random() < 0.5 else (noise,) * 3
+        bands = (
+            (noise, _noise_cut(size, deviation, rng), _noise_cut(size, deviation, rng))
+            if rng.random() < 0.5
+            else (noise,) * 3
+        )
         noise = Image.merge("RGB", bands)
     return ImageChops.add(page, noise, 1, -128)
 

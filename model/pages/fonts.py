@@ -59,7 +59,9 @@ class Family:
 # No held-out family has a clone among the training ones (Liberation, croscore, FreeFont and URW draw the same few
 # designs; Latin Modern is Computer Modern; Carlito is Lato; all of those are in training). Hairline weights, small
 # capitals and swash cuts are left out: nobody prints pages in them, and small capitals hide the letters' case.
-_STYLE = r"(-?(Regular|Roman|Book|Medium|Semi[Bb]old|Demi|Bold|Bd|Heavy|Black|ExtraBold|Light|Retina|Italic|Ita?|Oblique))*"
+_STYLE = (
+    r"(-?(Regular|Roman|Book|Medium|Semi[Bb]old|Demi|Bold|Bd|Heavy|Black|ExtraBold|Light|Retina|Italic|Ita?|Oblique))*"
+)
 FAMILIES: tuple[Family, ...] = (
     Family("DejaVu Sans", rf"DejaVuSans(Condensed)?{_STYLE}"),
     Family("DejaVu Serif", rf"DejaVuSerif(Condensed)?{_STYLE}"),
@@ -94,7 +96,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("Linux Biolinum", r"LinBiolinum_(R|RB|RI)"),
     Family("Latin Modern Roman", r"lmroman(8|10|12|17|demi10|slant10)-(regular|bold|italic|bolditalic|oblique)"),
     Family("Latin Modern Sans", r"lmsans(8|10|12|17|demicond10)-(regular|bold|oblique|boldoblique)"),
-    Family("Latin Modern Mono", r"lmmono(8|10|12|lt10|prop10|slant10|ltcond10)-(regular|bold|italic|oblique|boldoblique)"),
+    Family(
+        "Latin Modern Mono", r"lmmono(8|10|12|lt10|prop10|slant10|ltcond10)-(regular|bold|italic|oblique|boldoblique)"
+    ),
     Family("Computer Modern", r"cmun(rm|bx|ti|bi|sl|ss|sx|tt|vt|ssdc|orm|bmr)"),
     Family("Noto Sans", rf"NotoSans(Display)?{_STYLE}"),
     Family("Noto Serif", rf"NotoSerif(Display)?{_STYLE}"),
@@ -195,7 +199,7 @@ class Face:
         return sum(advances[code] for code in text.encode("ascii"))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def face(path: str, size: int) -> Face:
     """Return the (cached) face of a font file at `size` pixels to the em."""
     return Face(path, size)
@@ -212,9 +216,7 @@ def missing_characters(path: str) -> frozenset[str]:
     """Return the printable ASCII characters that a font has no glyph for."""
     font = face(path, 24).font
     absent = bytes(font.getmask("\U0010fffe"))
-    return frozenset(
-        char for char in PRINTABLE if bytes(mask := font.getmask(char)) == absent or not any(bytes(mask))
-    )
+    return frozenset(char for char in PRINTABLE if bytes(mask := font.getmask(char)) == absent or not any(bytes(mask)))
 
 
 @lru_cache(maxsize=1024)

@@ -178,7 +178,9 @@ def form(sheet: Sheet) -> None:
         x = sheet.measure(key, label) + space
         if style == "column":
             x = max(x + space, column)
-        value = rng.choice((writer.date, writer.number, writer.price, writer.name, writer.code, writer.address, writer.word))()
+        value = rng.choice(
+            (writer.date, writer.number, writer.price, writer.name, writer.code, writer.address, writer.word)
+        )()
         if rng.random() < 0.3:
             value += " " + writer.word()
         value = sheet.cut(value[: max(1, sheet.columns - len(key) - 1)], sheet.body, max(0, sheet.width - x))
@@ -199,7 +201,9 @@ def receipt(sheet: Sheet) -> None:
         name = sheet.cut(name.upper(), sheet.bold) if rng.random() < 0.5 else name
         sheet.row([Cell(aligned(sheet, name, "centre", sheet.bold), name, sheet.bold)])
         if rng.random() < 0.5 and sheet.room():
-            line = sheet.cut(rng.choice((writer.date(), writer.address(), writer.code(), f"{writer.number()} {writer.name()} St.")))
+            line = sheet.cut(
+                rng.choice((writer.date(), writer.address(), writer.code(), f"{writer.number()} {writer.name()} St."))
+            )
             sheet.row([Cell(aligned(sheet, line, "centre", face), line, face)])
     capitals = rng.random() < 0.4
     fillers = rng.choice(("", "", ".", "-")) if sheet.width > 12 * face.height else ""
@@ -208,7 +212,9 @@ def receipt(sheet: Sheet) -> None:
         sheet.rule(0, sheet.top, sheet.width, sheet.top)
         sheet.top += 4
     while sheet.room():
-        last = total and (len(sheet.lines) + 1 >= sheet.rows or sheet.top + 2 * sheet.pitch * face.height > sheet.height)
+        last = total and (
+            len(sheet.lines) + 1 >= sheet.rows or sheet.top + 2 * sheet.pitch * face.height > sheet.height
+        )
         if last:
             item = rng.choice(("TOTAL", "Total", "Sum", "Amount due", "Balance", "TOTAL EUR", "Subtotal"))
             rule = rng.random()
@@ -229,7 +235,8 @@ def receipt(sheet: Sheet) -> None:
             # a leader of dots is part of the text: drawn and read
             start = sheet.measure(item) + sheet.measure(" ")
             room = min(
-                int((edge - start - sheet.measure(" ")) / sheet.measure(fillers)), sheet.columns - len(item) - len(price) - 2
+                int((edge - start - sheet.measure(" ")) / sheet.measure(fillers)),
+                sheet.columns - len(item) - len(price) - 2,
             )
             if room > 2:
                 cells.insert(1, Cell(start, fillers * rng.randint(3, room), face))
