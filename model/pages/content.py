@@ -46,7 +46,7 @@ SMALL_WORDS = (
     "the of and to a in is it for that was on with as be at by this from or had not are but they which you all were "
     "we when your can said there use an each she do how if will up other about out many then them these so some her "
     "would make like him into time has look two more go see no way could my than first who been its now did get"
-).split()
+).split(" ")
 ONSETS = (
     "",
     *"bcdfghjklmnprstvwyz",
@@ -78,7 +78,7 @@ def words() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Writer:
-    """A source of text. `avoid` are characters that random strings leave out (the font draws another just like them)."""
+    """A source of text. Random strings leave out the characters in `avoid`: the font draws another just like them."""
 
     rng: random.Random
     avoid: frozenset[str] = frozenset()

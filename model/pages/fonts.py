@@ -40,10 +40,10 @@ FONT_MODULES = (
 )
 DEBIAN_PACKAGES = (
     "fonts-dejavu fonts-liberation fonts-liberation2 fonts-freefont-ttf fonts-urw-base35 fonts-croscore "
-    "fonts-crosextra-carlito fonts-crosextra-caladea fonts-roboto fonts-open-sans fonts-lato fonts-inconsolata fonts-hack "
-    "fonts-firacode fonts-cantarell fonts-linuxlibertine fonts-lmodern fonts-noto-core fonts-noto-mono fonts-comfortaa "
-    "fonts-courier-prime fonts-cmu fonts-ebgaramond fonts-junicode fonts-quicksand fonts-oxygen fonts-mononoki "
-    "fonts-sil-gentium"
+    "fonts-crosextra-carlito fonts-crosextra-caladea fonts-roboto fonts-open-sans fonts-lato "
+    "fonts-inconsolata fonts-hack fonts-firacode fonts-cantarell fonts-linuxlibertine fonts-lmodern "
+    "fonts-noto-core fonts-noto-mono fonts-comfortaa fonts-courier-prime fonts-cmu fonts-ebgaramond "
+    "fonts-junicode fonts-quicksand fonts-oxygen fonts-mononoki fonts-sil-gentium"
 )
 
 
@@ -151,8 +151,9 @@ def families(split: Split) -> tuple[tuple[FontFile, ...], ...]:
     )
     if not groups:
         raise UserError(
-            f"No {'held-out' if split == 'heldout' else 'training'} font was found in {', '.join(map(str, search_folders()))}: "
-            f"install some with `apt-get install {DEBIAN_PACKAGES}` (any of them will do) or name a folder in {FONTS_VARIABLE}."
+            f"No {'held-out' if split == 'heldout' else 'training'} font was found in "
+            f"{', '.join(map(str, search_folders()))}: install some with `apt-get install {DEBIAN_PACKAGES}` "
+            f"(any of them will do) or name a folder in {FONTS_VARIABLE}."
         )
     return groups
 

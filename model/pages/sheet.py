@@ -26,7 +26,7 @@ class Sheet:
 
     `width` and `height` are the pixels that text may take; `columns` the most characters of a row and `rows` the most
     rows; `pitch` the distance of baselines as a multiple of the letters' height; `tracking` extra pixels after
-    every character. The text of row i is `text.split("\\n")[i]`.
+    every character. `lines[i]` is the text of row i.
     """
 
     def __init__(
