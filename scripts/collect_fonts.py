@@ -54,7 +54,7 @@ def collect_fonts(folder: str | Path) -> dict[str, dict[str, str]]:
 
 
 def _write_subset(source: Path, target: Path) -> None:
-    from fontTools import subset
+    from fontTools import subset  # type: ignore[import-untyped]
 
     options = subset.Options(
         hinting=True,

@@ -95,15 +95,15 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=True)
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    ids = {token: tokenizer.token_to_id(token) for token in (BOS, EOS, PAD, *LATE_TOKENS)}
+    late = tokenizer.get_vocab_size() - len(LATE_TOKENS)
+    ids = {BOS: 0, EOS: 1, PAD: 2} | {token: late + index for index, token in enumerate(LATE_TOKENS)}
     _write(
         folder / "tokenizer_config.json",
         {
             "add_bos_token": True,
             "add_eos_token": False,
             "added_tokens_decoder": {
-                str(index): {"content": token, **plain, "special": True}
-                for token, index in sorted(ids.items(), key=lambda item: item[1])
+                str(index): {"content": token, **plain, "special": True} for token, index in ids.items()
             },
             "additional_special_tokens": list(ROLES),
             "bos_token": BOS,

@@ -31,6 +31,14 @@ def aligned(sheet: Sheet, text: str, align: str, face: Face) -> float:
     return {"left": 0.0, "centre": spare / 2, "right": spare}[align]
 
 
+def above_rule(sheet: Sheet, *, thickness: int = 1) -> None:
+    """Rule the sheet off above the next row, which moves down if the rule would touch letters."""
+    gap = (sheet.pitch - 1) * sheet.body.height
+    sheet.top += max(0, round(5 + thickness - gap))
+    y = sheet.top - max(3.0, gap / 2)
+    sheet.rule(0, y, sheet.width, y, thickness=thickness)
+
+
 def lines(sheet: Sheet) -> None:
     """Separate lines of tokens of one kind or another, each of its own length."""
     rng = sheet.rng
@@ -83,7 +91,8 @@ def _justified_row(sheet: Sheet, row: list[str], left: float, width: float) -> N
     if gap > 3 * sheet.measure(" "):
         sheet.row([Cell(left, " ".join(row), sheet.body)])
         return
-    cells, x = [], left
+    cells: list[Cell] = []
+    x = left
     for token, token_width in zip(row, widths, strict=True):
         cells.append(Cell(x, token, sheet.body))
         x += token_width + gap
@@ -94,8 +103,9 @@ def prose(sheet: Sheet) -> None:
     """Paragraphs of sentences."""
     rng = sheet.rng
     align = rng.choice(("left", "left", "left", "justified", "justified", "centre", "right"))
-    indent = rng.choice((0, 0, 1, 2)) * sheet.body.height if align in {"left", "justified"} else 0
-    indent = min(indent, sheet.width / 4)
+    indent = min(rng.choice((0.0, 0.0, 1.0, 2.0)) * sheet.body.height, sheet.width / 4)
+    if align not in {"left", "justified"}:
+        indent = 0.0
     gap = rng.choice((0, 0, 0.5, 1))
     while sheet.room():
         paragraph(sheet, rows=rng.randint(2, 10), align=align, indent=indent)
@@ -189,6 +199,7 @@ def form(sheet: Sheet) -> None:
         _, bottom = sheet.row([Cell(0, key, label), Cell(x, value, sheet.body)])
         if style == "line":
             sheet.rule(x, bottom + 1, sheet.width, bottom + 1)
+            sheet.top = max(sheet.top, bottom + 4)
 
 
 def receipt(sheet: Sheet) -> None:
@@ -219,8 +230,7 @@ def receipt(sheet: Sheet) -> None:
             item = rng.choice(("TOTAL", "Total", "Sum", "Amount due", "Balance", "TOTAL EUR", "Subtotal"))
             rule = rng.random()
             if rule < 0.5:
-                y = sheet.top - max(0, (sheet.pitch - 1) * face.height / 2)
-                sheet.rule(0, y, sheet.width, y)
+                above_rule(sheet)
         else:
             item = " ".join(writer.word() for _ in range(rng.choice((1, 1, 2, 2, 3)))).capitalize()
             if rng.random() < 0.3:
@@ -286,6 +296,8 @@ def table(sheet: Sheet) -> None:
             return None
         _, bottom = sheet.row(cells)
         sheet.top = max(sheet.top, bottom + 2 * y_extra)
+        if index == 0 and rules == "head":
+            above_rule(sheet, thickness=rng.choice((1, 2)))
         marks.append(sheet.top - y_extra)
         index += 1
     if rules == "grid":
@@ -297,9 +309,6 @@ def table(sheet: Sheet) -> None:
     elif rules == "rows":
         for y in marks:
             sheet.rule(0, y, sheet.width, y)
-    elif rules == "head" and len(marks) > 1:
-        y = marks[1] - max(0, (sheet.pitch - 1) * face.height / 2)
-        sheet.rule(0, y, sheet.width, y, thickness=rng.choice((1, 2)))
     return None
 
 
@@ -316,7 +325,8 @@ def styles(sheet: Sheet) -> None:
             text = sheet.cut(text, face)
             sheet.row([Cell(0, text, face)])
             continue
-        cells, x = [], 0.0
+        cells: list[Cell] = []
+        x = 0.0
         for token in text.split(" "):
             face = sheet.bold if rng.random() < 0.3 else sheet.body
             width = sheet.measure(token, face)
