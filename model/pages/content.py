@@ -43,10 +43,13 @@ UNITS = (
 )
 DOMAINS = ("com", "org", "net", "edu", "io", "co.uk", "de", "info")
 SMALL_WORDS = (
-    "the of and to a in is it for that was on with as be at by this from or had not are but they which you all were "
-    "we when your can said there use an each she do how if will up other about out many then them these so some her "
-    "would make like him into time has look two more go see no way could my than first who been its now did get"
-).split()  # noqa: SIM905 (a list of a hundred strings would fill the page)
+    *("the", "of", "and", "to", "a", "in", "is", "it", "for", "that", "was", "on", "with", "as", "be", "at"),
+    *("by", "this", "from", "or", "had", "not", "are", "but", "they", "which", "you", "all", "were", "we"),
+    *("when", "your", "can", "said", "there", "use", "an", "each", "she", "do", "how", "if", "will", "up"),
+    *("other", "about", "out", "many", "then", "them", "these", "so", "some", "her", "would", "make", "like"),
+    *("him", "into", "time", "has", "look", "two", "more", "go", "see", "no", "way", "could", "my", "than"),
+    *("first", "who", "been", "its", "now", "did", "get"),
+)
 ONSETS = (
     "",
     *"bcdfghjklmnprstvwyz",
