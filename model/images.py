@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trtvlm.model.errors import UserError
 
@@ -16,6 +17,10 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryvie
 
 # An A3 scan at 600 dpi (70 million pixels) fits; decoded and composited it needs under 1 GB.
 MAX_PIXELS = 80_000_000
+
+# Our own limit and refusals speak in the place of these; a broken EXIF block is nothing to report.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Raster formats only: Pillow would hand EPS to Ghostscript and WMF to the system, which no stranger's image may do.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
@@ -85,11 +90,11 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     Image.init()
     try:
         return Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise UserError(_too_large(name, None, max_pixels)) from None
     # Pillow's parsers raise nearly anything on hostile bytes (struct.error, IndexError, OverflowError, ...).
     except Exception as error:
-        if data.startswith(_SIGNATURES) or data[8:12] == b"WEBP":
+        if data.startswith(_SIGNATURES) or data[8:12] in (b"WEBP", b"avif"):
             raise _damaged(name, error) from None
         raise UserError(
             f"{_start(name)} is not an image of a known format: convert it to PNG, JPEG, WebP, TIFF, GIF or BMP."
@@ -149,7 +154,8 @@ def _too_large(name: str, size: tuple[int, int] | None, max_pixels: int) -> str:
 
 
 def _damaged(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    header = isinstance(error, UnidentifiedImageError)  # its own text names a buffer's address
+    reason = "its header cannot be read" if header else " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{_start(name)} is damaged or cut short ({reason}): save or download it again.")
 
 
