@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trtvlm.model.config import ModelConfig
-    from trtvlm.model.processor import ImageView
+    from trtvlm.model.inputs import ImageView
 
 MAX_DECODE_WIDTH = 8
 """The most tokens one decode call takes: every executor is built for widths 1 to this."""

@@ -23,7 +23,7 @@ from trtvlm.runtime.speculate import speculate
 )
 @settings(max_examples=300, deadline=None)
 def test_probabilities_are_the_nucleus(logits: list[float], temperature: float, top_p: float) -> None:
-    probs = probabilities(torch.tensor(logits), temperature, top_p).tolist()
+    probs = probabilities(torch.tensor(logits, dtype=torch.float64), temperature, top_p).tolist()
     top = max(logits)
     weights = [math.exp(max(-745.0, (x - top) / temperature)) if x < top else 1.0 for x in logits]
     full = [w / sum(weights) for w in weights]
