@@ -75,7 +75,7 @@ def soften(ink: Image.Image, rng: random.Random, letter: float) -> Image.Image:
     if kind < 0.9:
         # spreading or starved ink: blur, then move the edge
         blurred = ink.filter(ImageFilter.GaussianBlur(0.6))
-        edge = rng.uniform(70, 150)
+        edge = rng.uniform(0.35, 0.65) * _stroke_level(blurred)
         gain = rng.uniform(2, 5)
         return blurred.point(
             [max(0, min(255, round((value - edge) * gain + 128))) if value else 0 for value in range(256)]
@@ -83,9 +83,23 @@ def soften(ink: Image.Image, rng: random.Random, letter: float) -> Image.Image:
     return ink.filter(ImageFilter.UnsharpMask(radius=1.5, percent=rng.randint(50, 200), threshold=0))
 
 
+def _stroke_level(ink: Image.Image) -> float:
+    """Return how dark strokes are at their core: the ink level that a third of the inked pixels reach.
+
+    Thin letters never reach full ink; a fixed level would tear them.
+    """
+    counts = ink.histogram()
+    wanted = sum(counts[24:]) / 3
+    level = 255
+    while level > 24 and wanted > counts[level]:
+        wanted -= counts[level]
+        level -= 1
+    return float(level)
+
+
 def two_level(ink: Image.Image, rng: random.Random) -> Image.Image:
-    """Make every pixel ink or paper, as a fax does."""
-    edge = rng.randint(90, 150)
+    """Make every pixel ink or paper, as a fax does, at a level that keeps thin strokes whole."""
+    edge = rng.uniform(0.3, 0.6) * _stroke_level(ink)
     return ink.point([255 if value > edge else 0 for value in range(256)])
 
 
