@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from trtvlm.model.inputs import ModelInputs
+    from trtvlm.model.inputs import ImageView, ModelInputs
     from trtvlm.runtime.executor import Executor
 
 PREFILL_CHUNK = 256
@@ -60,7 +60,7 @@ class Lane:
         images = self._encode(inputs, reused, checkpoint)
         encoded = time.perf_counter()
         embeds = self._embed(inputs, reused, images)
-        for chunk, part in zip(chunks[kept:], embeds.split(PREFILL_CHUNK), strict=True):
+        for chunk, part in zip(chunks[kept:], torch.split(embeds, PREFILL_CHUNK), strict=True):
             checkpoint()
             logits = self.executor.prefill(part)
             self._chunks.append(chunk)
@@ -75,15 +75,15 @@ class Lane:
                 out.append(torch.empty(0))
             else:
                 checkpoint()
-                out.append(self._remember(image.digest, lambda image=image: self.executor.encode_image(image)))
+                out.append(self._image(image))
             left -= min(left, count)
         return out
 
-    def _remember(self, digest: str, encode: Callable[[], Tensor]) -> Tensor:
-        if digest not in self._images:
-            self._images[digest] = encode()
-        self._images.move_to_end(digest)
-        found = self._images[digest]
+    def _image(self, image: ImageView) -> Tensor:
+        if image.digest not in self._images:
+            self._images[image.digest] = self.executor.encode_image(image)
+        self._images.move_to_end(image.digest)
+        found = self._images[image.digest]
         while len(self._images) > self._images_kept:
             self._images.popitem(last=False)
         return found

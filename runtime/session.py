@@ -29,7 +29,7 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 FinishReason = Literal["stop", "length"]
 
 
-class Cancelled(Exception):
+class Cancelled(Exception):  # noqa: N818 - no error: the caller wanted it
     """The caller asked to stop; the session is ready for the next request."""
 
 
@@ -147,8 +147,8 @@ class Session:
         if length >= limit:
             images = sum(inputs.num_image_tokens)
             raise UserError(
-                f"The prompt has {length} tokens ({images} for {len(inputs.images)} images), which leaves no room for an "
-                f"answer in the engine's context of {limit}: send fewer or smaller images, or build a longer engine."
+                f"The prompt has {length} tokens ({images} for {len(inputs.images)} images), which leaves no room for "
+                f"an answer in the engine's context of {limit}: send fewer or smaller images, or build a longer engine."
             )
         return inputs
 
@@ -157,9 +157,9 @@ class Session:
     ) -> Iterator[str | Result]:
         """Pieces of text as they become certain, then, last, the Result.
 
-        inputs: `prepare(request)`, if the caller has done that already. Raises what `prepare` raises, and Cancelled soon
-        after `cancel` is set (it is looked at before every image, prefill chunk and step). Closing the iterator ends
-        the work too.
+        inputs: `prepare(request)`, if the caller has done that already. Raises what `prepare` raises, and Cancelled
+        soon after `cancel` is set (it is looked at before every image, prefill chunk and step). Closing the iterator
+        ends the work too.
         """
         started = time.perf_counter()
         inputs = inputs if inputs is not None else self.prepare(request)

@@ -25,6 +25,7 @@ NOISE = [0.0, 0.01, 0.05]  # from a draft that is the target, to one that is sel
 
 
 CHUNK = 32
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # shown only when no later token can complete it
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +265,8 @@ def test_stop_strings(processor: Processor, page: Image.Image) -> None:
             assert result.finish_reason == "stop"
             assert result.token_ids == whole.token_ids[: len(result.token_ids)]
             assert stop in processor.decode(result.token_ids)
-            assert stop not in processor.decode(result.token_ids[:-1])
+            if REPLACEMENT not in stop:
+                assert stop not in processor.decode(result.token_ids[:-1])
 
 
 def test_cancelling(processor: Processor, page: Image.Image) -> None:
@@ -272,12 +274,10 @@ def test_cancelling(processor: Processor, page: Image.Image) -> None:
     whole = session.answer(ask(page))
     cancel = threading.Event()
     pieces = session.generate(ask(page), cancel)
-    shown = next(pieces)
+    assert whole.text.startswith(str(next(pieces)))
     cancel.set()
     with pytest.raises(Cancelled):
-        for piece in pieces:
-            shown = f"{shown}{piece}"
-    assert whole.text.startswith(str(shown))
+        next(pieces)
     with pytest.raises(Cancelled):
         session.answer(ask(picture(8, (90, 90))), cancel)
     assert session.answer(ask(page)).token_ids == whole.token_ids
