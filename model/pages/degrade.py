@@ -75,7 +75,7 @@ def soften(ink: Image.Image, rng: random.Random, letter: float) -> Image.Image:
     if kind < 0.9:
         # spreading or starved ink: blur, then move the edge
         blurred = ink.filter(ImageFilter.GaussianBlur(0.6))
-        edge = rng.uniform(0.35, 0.65) * _stroke_level(blurred)
+        edge = rng.uniform(0.42, 0.65) * _stroke_level(blurred)
         gain = rng.uniform(2, 5)
         return blurred.point(
             [max(0, min(255, round((value - edge) * gain + 128))) if value else 0 for value in range(256)]
@@ -99,7 +99,7 @@ def _stroke_level(ink: Image.Image) -> float:
 
 def two_level(ink: Image.Image, rng: random.Random) -> Image.Image:
     """Make every pixel ink or paper, as a fax does, at a level that keeps thin strokes whole."""
-    edge = rng.uniform(0.3, 0.6) * _stroke_level(ink)
+    edge = rng.uniform(0.4, 0.65) * _stroke_level(ink)
     return ink.point([255 if value > edge else 0 for value in range(256)])
 
 
