@@ -1,0 +1,145 @@
+"""Exported graphs, run by onnxruntime on the CPU, against the PyTorch modules they came from.
+
+Two comparisons a graph, because float16 rounding hides small mistakes (a tanh GELU in the place of an erf one moves the
+result by less than the rounding does):
+- the very same graph with every float16 widened to float32, against the float32 module: equal up to summation order;
+- the graph as it is compiled, against the float32 module: equal up to float16 rounding.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trtvlm.builder.export import GraphError, first_line
+
+if TYPE_CHECKING:
+    import onnx
+
+# Relative L2 error allowed between two float32 evaluations of one graph. Each sum of K products carries about
+# sqrt(K) * 2^-24; K up to 12288 and some tens of layers give 1e-4 at the very most, and measured graphs stay under 5e-6.
+EXACT = 1e-4
+
+# Relative L2 error allowed for the float16 graph. Every stored activation is rounded by up to 2^-11 (5e-4), and
+# independent roundings add up as square roots: 64 of them in a row, each as large as it can be, make 2^-8.
+ROUNDED = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a graph's outputs are from the module's: |a - b| / |b| over a whole output, and the largest |a - b|."""
+
+    rel_l2: float
+    max_abs: float
+
+    def worst(self, other: "Difference") -> "Difference":
+        """The larger of both measures."""
+        return Difference(max(self.rel_l2, other.rel_l2), max(self.max_abs, other.max_abs))
+
+
+class OnnxRunner:
+    """An ONNX graph on the CPU: tensors in and out by name."""
+
+    def __init__(self, name: str, model: "onnx.ModelProto | bytes") -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # Fusions of the runtime's own are not part of the graph that is being checked.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        data = model if isinstance(model, bytes) else model.SerializeToString()
+        try:
+            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own kinds; all mean: this graph is not valid
+            raise GraphError(f"onnxruntime refuses the graph '{name}': {first_line(error)}.") from error
+        self.name = name
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run with exactly the graph's inputs -> its outputs by name."""
+        arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
+        try:
+            results = self._session.run(self.outputs, arrays)
+        except Exception as error:  # likewise
+            raise GraphError(f"onnxruntime cannot run the graph '{self.name}': {first_line(error)}.") from error
+        return {name: torch.from_numpy(result) for name, result in zip(self.outputs, results, strict=True)}
+
+
+def check_graph(
+    name: str,
+    model: "onnx.ModelProto",
+    module: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    exact: float = EXACT,
+    rounded: float = ROUNDED,
+) -> Difference:
+    """Compare `model` with `module` on every batch of inputs -> the compiled graph's largest difference.
+
+    Inputs are given in the graph's own types; `module` returns a tensor or a tuple in the order of the graph's outputs.
+    Raises GraphError naming the graph, the output and the error when one is over `exact` (float32) or `rounded` (as is).
+    """
+    reference = copy.deepcopy(module).float().eval()
+    wide, narrow = OnnxRunner(name, widened(model)), OnnxRunner(name, model)
+    worst = Difference(0.0, 0.0)
+    for inputs in batches:
+        widened_inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+        with torch.no_grad():
+            expected = reference(*widened_inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for runner, values, limit, kind in (
+            (wide, widened_inputs, exact, "float32"),
+            (narrow, inputs, rounded, "as is"),
+        ):
+            results = runner(values)
+            for output, value in zip(runner.outputs, expected, strict=True):
+                found = difference(results[output], value)
+                # Not "over the limit" but "not within it": NaN compares false.
+                if not found.rel_l2 <= limit:
+                    rows = next(iter(inputs.values())).shape[0]
+                    raise GraphError(
+                        f"The graph '{name}' ({kind}, {rows} rows) gives '{output}' with a relative error of "
+                        f"{found.rel_l2:.2e} against PyTorch, over the {limit:.2e} allowed."
+                    )
+                if runner is narrow:
+                    worst = worst.worst(found)
+    return worst
+
+
+def difference(found: Tensor, expected: Tensor) -> Difference:
+    """Compare two tensors of one shape in float64; NaN when either holds one, infinite when the shapes differ."""
+    if found.shape != expected.shape:
+        return Difference(float("inf"), float("inf"))
+    a, b = found.double(), expected.double()
+    error, size = (a - b).norm().item(), b.norm().item()
+    return Difference(error / size if size else error, (a - b).abs().max().item() if a.numel() else 0.0)
+
+
+def widened(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same graph with every float16 tensor, cast and type replaced by float32."""
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+
+    def widen(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
+
+    for initializer in wide.graph.initializer:
+        widen(initializer)
+    for value in (*wide.graph.input, *wide.graph.output, *wide.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in wide.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widen(attribute.t)
+            elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+    return wide
