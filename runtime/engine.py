@@ -30,6 +30,11 @@ class Engine:
     load_ms: float
 
 
+def open_engine(folder: str, device: str = "cpu") -> Engine:
+    """Run an engine directory's quantized checkpoint with PyTorch. UserError: it is none, or it is damaged."""
+    raise UserError("Engine directories cannot be opened yet; use --model.")
+
+
 def open_model(model: str, draft: str | None = None, device: str = "cpu", max_length: int | None = None) -> Engine:
     """Run a checkpoint (a bundled name, a folder or a hub name) directly, in float32, without an engine directory.
 

@@ -8,13 +8,10 @@ exactly the distribution that plain sampling has.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-
-from trtvlm.model.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +53,6 @@ class Sampler:
     _generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         self._generator = torch.Generator()
         if self.seed is None:
             self._generator.seed()

@@ -8,65 +8,25 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from trtvlm.model.errors import UserError
-from trtvlm.model.processor import DEFAULT_PROMPT
 from trtvlm.runtime.lane import Lane
 from trtvlm.runtime.sampling import Sampler
-from trtvlm.runtime.speculate import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS, Step, speculate
+from trtvlm.runtime.speculate import Step, speculate
 from trtvlm.runtime.stop import TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from trtvlm.model.conversation import Message
-    from trtvlm.model.images import ImageSource
     from trtvlm.model.inputs import ModelInputs
     from trtvlm.model.processor import Processor
     from trtvlm.runtime.engine import Engine
     from trtvlm.runtime.executor import Executor
-
-DEFAULT_MAX_NEW_TOKENS = 1024
+    from trtvlm.runtime.request import Request
 
 FinishReason = Literal["stop", "length"]
 
 
 class Cancelled(Exception):  # noqa: N818 - no error: the caller wanted it
     """The caller asked to stop; the session is ready for the next request."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One answer wanted.
-
-    conversation: as `Processor.__call__` takes it, all turns so far, the last one the assistant's (empty or begun).
-    max_new_tokens: at most this many tokens, fewer where the context ends before.
-    temperature 0 is greedy; seed makes sampled answers repeatable on the same engine and speculation settings.
-    stop: the text ends before the first of these. draft_tokens: proposed a step; 0 turns speculation off.
-    """
-
-    conversation: Sequence[Message]
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    draft_tokens: int = DEFAULT_DRAFT_TOKENS
-
-    def __post_init__(self) -> None:
-        """UserError: a setting out of its range."""
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
-            raise UserError(f"draft_tokens is {self.draft_tokens}; it must be 0 (off) to {MAX_DRAFT_TOKENS}")
-        Sampler(self.temperature, self.top_p, self.seed)
-        TextStream(lambda _: "", self.stop)
-
-
-def question(images: Sequence[ImageSource], prompt: str | None = None) -> list[Message]:
-    """The conversation that asks one question about images, each on a line before it; by default, to read them."""
-    text = DEFAULT_PROMPT if prompt is None else prompt
-    if "<image>" not in text:
-        text = "<image>\n" * len(images) + text
-    return [{"role": "user", "content": text, "images": list(images)}, {"role": "assistant", "content": ""}]
 
 
 @dataclass(frozen=True)

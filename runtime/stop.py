@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trtvlm.model.errors import UserError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -20,8 +18,6 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        if not all(stop):
-            raise UserError("a stop string is empty; leave it out")
         self._decode = decode
         self._stop = tuple(stop)
         self._tokens: list[int] = []

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.toy import ToyDecoder, ToyModel
-from trtvlm.model.errors import UserError
 from trtvlm.runtime.sampling import Sampler, draw, probabilities
 from trtvlm.runtime.speculate import speculate
 
@@ -74,14 +73,6 @@ def test_seeds() -> None:
     assert Sampler(1.0, 1.0, -1).choose(logits)[0] >= 0
     first = [Sampler(1.0).choose(logits)[0] for _ in range(8)]
     assert len(set(first)) > 1  # without a seed, every sampler differs
-
-
-@pytest.mark.parametrize(
-    "bad", [(-1.0, 1.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0), (1.0, 1.5), (1.0, math.nan)]
-)
-def test_refusals(bad: tuple[float, float]) -> None:
-    with pytest.raises(UserError, match=r"temperature|top_p"):
-        Sampler(*bad)
 
 
 def test_greedy_takes_the_smaller_of_equals() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ from trtvlm.model.processor import Processor
 from trtvlm.model.vlm import DeepseekVL2
 from trtvlm.runtime.engine import Engine
 from trtvlm.runtime.lane import Lane
-from trtvlm.runtime.session import Cancelled, Request, Result, Session, question
+from trtvlm.runtime.request import Request, question
+from trtvlm.runtime.session import Cancelled, Result, Session
 from trtvlm.runtime.torch_executor import TorchExecutor
 
 KINDS = ["mla", "mha", "base"]
@@ -338,10 +340,14 @@ def test_requests_from_several_threads_wait_for_each_other(processor: Processor)
         ({"draft_tokens": 8}, "draft_tokens"),
         ({"draft_tokens": -1}, "draft_tokens"),
         ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
-        ({"stop": ("",)}, "stop string"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"stop": ("a", "")}, "stop string"),
     ],
 )
 def test_settings_out_of_range(page: Image.Image, settings: dict[str, object], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=f"(?i){sentence}"):
         ask(page, **settings)
