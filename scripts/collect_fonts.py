@@ -1,4 +1,4 @@
-"""Copy the fonts that pages are drawn in, cut down to ASCII, into one folder that can travel to another machine.
+"""Copy the fonts that pages are drawn in, cut down to the characters drawn, into a folder that can travel.
 
     python -m trtvlm.scripts.collect_fonts FOLDER
     TRTVLM_FONTS=FOLDER python -m trtvlm.scripts.train_nano ...
@@ -15,13 +15,14 @@ from pathlib import Path
 
 from trtvlm.model.errors import UserError
 from trtvlm.model.pages.fonts import families, missing_characters
+from trtvlm.model.pages.typography import SPECIAL
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 18_000_000
 
 
 def collect_fonts(folder: str | Path) -> dict[str, dict[str, str]]:
-    """Write every installed font of both splits that has all of ASCII to `folder`, subset to ASCII.
+    """Write every installed font of both splits that has all of ASCII to `folder`, subset to what pages show.
 
     Returns what is written to `manifest.json` as well: for each file its family, split and the SHA-256 of the original.
     Raises UserError if the fonts together are larger than 18 MB, or none is installed.
@@ -66,7 +67,7 @@ def _write_subset(source: Path, target: Path) -> None:
     )
     font = subset.load_font(str(source), options)
     subsetter = subset.Subsetter(options)
-    subsetter.populate(unicodes=range(32, 127))
+    subsetter.populate(unicodes=[*range(32, 127), *map(ord, SPECIAL)])
     subsetter.subset(font)
     subset.save_font(font, str(target), options)
 

@@ -212,12 +212,18 @@ def em_per_height(path: str) -> float:
     return 100 / face(path, 100).height
 
 
-@lru_cache(maxsize=1024)
-def missing_characters(path: str) -> frozenset[str]:
-    """Return the printable ASCII characters that a font has no glyph for."""
+@lru_cache(maxsize=2048)
+def glyphs(path: str, characters: str) -> frozenset[str]:
+    """Return those of the characters that a font draws."""
     font = face(path, 24).font
     absent = bytes(font.getmask("\U0010fffe"))
-    return frozenset(char for char in PRINTABLE if bytes(mask := font.getmask(char)) == absent or not any(bytes(mask)))
+    masks = {char: bytes(font.getmask(char)) for char in characters}
+    return frozenset(char for char, mask in masks.items() if any(mask) and mask != absent)
+
+
+def missing_characters(path: str) -> frozenset[str]:
+    """Return the printable ASCII characters that a font has no glyph for."""
+    return frozenset(PRINTABLE) - glyphs(path, PRINTABLE)
 
 
 @lru_cache(maxsize=1024)

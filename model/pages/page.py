@@ -23,6 +23,7 @@ from trtvlm.model.pages.fonts import (
 )
 from trtvlm.model.pages.layouts import LAYOUTS
 from trtvlm.model.pages.sheet import Sheet
+from trtvlm.model.pages.typography import Typesetter
 
 KINDS: Mapping[str, float] = {
     "lines": 0.30,
@@ -147,6 +148,7 @@ def _sheet(rng: random.Random, spec: PageSpec, kind: str, clean: bool, *, smalle
         pitch=pitch,
         tracking=tracking,
         antialias=not (clean and rng.random() < 0.15),
+        typesetter=Typesetter(quotes=rng.random() < 0.25, ligatures=rng.random() < 0.12),
     )
 
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from trtvlm.model.pages.content import Writer
 from trtvlm.model.pages.fonts import Face
+from trtvlm.model.pages.typography import Typesetter
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Sheet:
         pitch: float,
         tracking: float = 0.0,
         antialias: bool = True,
+        typesetter: Typesetter | None = None,
     ) -> None:
         """Start an empty sheet."""
         self.rng = rng
@@ -55,6 +57,7 @@ class Sheet:
         self.rows = rows
         self.pitch = pitch
         self.tracking = tracking
+        self.typesetter = typesetter or Typesetter()
         self.lines: list[str] = []
         self.top = 0
         # letters may reach a little out of their box (italics, accents): the slack is cropped away later
@@ -106,7 +109,8 @@ class Sheet:
     def _put(self, cell: Cell, baseline: int, ink: int) -> None:
         x, y = cell.x + self.slack, baseline + self.slack
         if not self.tracking:
-            self.draw.text((x, y), cell.text, fill=ink, font=cell.face.font, anchor="ls")
+            shown = self.typesetter(cell.text, cell.face.path)
+            self.draw.text((x, y), shown, fill=ink, font=cell.face.font, anchor="ls")
             return
         for char in cell.text:
             if char != " ":
