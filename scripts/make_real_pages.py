@@ -2,9 +2,9 @@
 
     python -m trtvlm.scripts.make_real_pages FOLDER NAME=FILE.pdf[.gz] ... [--count N]
 
-A block is at most 10 lines of 48 characters on at most 768 x 512 pixels, its letters 14 to 32 pixels high. Blocks with a
-character that does not fold to ASCII, with pictures, superscripts or lines that touch are passed over. Long lines are
-cut at a word: what the cut runs through is painted over with the paper's colour.
+A block is at most 10 lines of 48 characters on at most 768 x 512 pixels, its letters 14 to 32 pixels high. Passed over
+are blocks with a character that does not fold to ASCII, with pictures, superscripts or lines that touch. Long lines
+are cut at a word: what the cut runs through is painted over with the paper's colour.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gzip
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def block_at(rows: list[list[Word]], first: int, count: int) -> Block | None:
         # superscripts, formulas: words of one row on different baselines or of different sizes
         if max(abs(word.bottom - row[0].bottom) for word in row) > 0.15 * min(heights):
             return None
-    for above, below in zip(chosen, chosen[1:], strict=False):
+    for above, below in pairwise(chosen):
         gap = above[0].bottom - below[0].top
         if gap < -0.35 * min(heights) or gap > 2 * max(heights):
             return None
@@ -156,8 +157,8 @@ def render_block(pdf_page: Any, block: Block, rng: np.random.Generator) -> Image
     if largest < smallest:
         return None
     scale = float(rng.uniform(smallest, largest))
-    page_width, page_height = pdf_page.get_size()
-    image = pdf_page.render(scale=scale, grayscale=True).to_pil().convert("L")
+    page_height = pdf_page.get_height()
+    image: Image.Image = pdf_page.render(scale=scale, grayscale=True).to_pil().convert("L")
     draw = ImageDraw.Draw(image)
     paper = _paper(image)
     for word in block.cut:
@@ -195,7 +196,7 @@ def real_pages(files: dict[str, Path], count: int, seed: int = 0) -> Iterator[tu
 
     Raises UserError for a file that is not a PDF.
     """
-    import pypdfium2 as pdfium
+    import pypdfium2 as pdfium  # type: ignore[import-untyped]
 
     for number, (name, path) in enumerate(sorted(files.items())):
         rng = np.random.default_rng(np.random.SeedSequence(ENTROPY, spawn_key=(seed, number)))
@@ -216,7 +217,7 @@ def real_pages(files: dict[str, Path], count: int, seed: int = 0) -> Iterator[tu
 
 
 def _random_block(pdf_page: Any, rng: np.random.Generator) -> Page | None:
-    import pypdfium2.raw as raw
+    import pypdfium2.raw as raw  # type: ignore[import-untyped]
 
     rows = rows_of(page_words(pdf_page.get_textpage()))
     rows = [row for row in rows if row]
