@@ -142,7 +142,7 @@ def command(
     if len(requests) > 1:  # a single one is checked by reading it
         for request in requests:
             session.prepare(request)
-    results = []
+    results: list[Result] = []
     for group, request in zip(groups, requests, strict=True):
         if len(groups) > 1 and not as_json:
             click.echo(f"{chr(10) if results else ''}==> {group[0]} <==")
