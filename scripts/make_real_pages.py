@@ -24,21 +24,13 @@ from PIL import Image, ImageDraw
 from trtvlm.model.errors import UserError
 from trtvlm.model.pages.page import Page
 from trtvlm.model.pages.samples import write_labelled
+from trtvlm.model.pages.typography import TO_ASCII
 
 MAX_LINES = 10
 MAX_CHARS = 48
 MAX_SIZE = (768, 512)
 LETTERS = (14.0, 32.0)
 ENTROPY = 0x2EA1D0C5B97F4E638A1CE7F05D4B9236
-
-FOLDED = str.maketrans(
-    {
-        "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st",
-        "‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"', "„": '"', "′": "'", "″": '"',
-        "‐": "-", "‑": "-", "–": "-", "—": "-", "−": "-", "\u0002": "-", "\u00ad": "-", "\ufffe": "-",
-        "…": "...", "\u00a0": " ", "\u2009": " ",
-    }
-)  # fmt: skip
 
 # Dots that lead to a page number: how many there are, and with how many blanks, is nobody's text.
 _LEADERS = re.compile(r"\. ?\. ?\. ?\.")
@@ -69,7 +61,7 @@ def page_words(textpage: Any) -> list[Word]:
             boxes.clear()
 
     for index in range(textpage.count_chars()):
-        char = textpage.get_text_range(index, 1).translate(FOLDED)
+        char = textpage.get_text_range(index, 1).translate(TO_ASCII)
         box = textpage.get_charbox(index, loose=True)
         if not char.strip():
             close()

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 
 from trtvlm.model.pages.fonts import glyphs
 
+# For str.translate: what typographic characters are in ASCII. PDFs have U+0002 and others for a hyphen at a line's end.
+TO_ASCII = str.maketrans(
+    {
+        "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st",
+        "‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"', "„": '"', "′": "'", "″": '"',
+        "‐": "-", "‑": "-", "–": "-", "—": "-", "−": "-", "\u0002": "-", "\u00ad": "-", "\ufffe": "-",
+        "…": "...", "\u00a0": " ", "\u2009": " ",
+    }
+)  # fmt: skip
 SPECIAL = "‘’“”–ﬁﬂ"
 _OPENING_DOUBLE = re.compile(r'(?<![^\s(\[{/-])"(?=\S)')
 _OPENING_SINGLE = re.compile(r"(?<![^\s(\[{/\"“-])'(?=\S)")
