@@ -148,6 +148,16 @@ def ghost(ink: Image.Image, rng: random.Random) -> Image.Image:
     return ImageChops.lighter(ink, back.point([round(value * strength) for value in range(256)]))
 
 
+def shaded(ink: Image.Image, rng: random.Random) -> Image.Image:
+    """Tint a band or a column of the page, as tables and program listings have it."""
+    width, height = ink.size
+    band = Image.new("L", ink.size)
+    a, b = sorted((rng.randint(0, height), rng.randint(0, height)))
+    c, d = sorted((rng.randint(0, width), rng.randint(0, width))) if rng.random() < 0.3 else (0, width)
+    band.paste(rng.randint(10, 50), (c, a, d, b))
+    return ImageChops.lighter(ink, band)
+
+
 def ruled(ink: Image.Image, rng: random.Random, pitch: int) -> Image.Image:
     """Draw faint lines, `pitch` pixels apart, as writing paper has them (or squares)."""
     lines = Image.new("L", ink.size)

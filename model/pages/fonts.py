@@ -200,7 +200,7 @@ class Face:
         return sum(advances[code] for code in text.encode("ascii"))
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=8192)
 def face(path: str, size: int) -> Face:
     """Return the (cached) face of a font file at `size` pixels to the em."""
     return Face(path, size)

@@ -45,13 +45,16 @@ def lines(sheet: Sheet) -> None:
     same = rng.random() < 0.5
     kind = rng.choice(STREAMS)
     align = rng.choice(("left", "left", "left", "centre", "right"))
+    step = rng.choice((2, 4)) * sheet.measure(" ") if align == "left" and rng.random() < 0.25 else 0.0
     while sheet.room():
         stream = sheet.writer.stream(kind if same else rng.choice(STREAMS))
-        width = sheet.width * (1.0 if rng.random() < 0.4 else rng.uniform(0.15, 1.0))
-        text = fill(sheet, stream, sheet.body, width)
+        # programs are indented by steps
+        indent = min(rng.randrange(4) * step, 0.4 * sheet.width)
+        width = sheet.width * (1.0 if rng.random() < 0.4 else rng.uniform(0.15, 1.0)) - indent
+        text = fill(sheet, stream, sheet.body, max(width, sheet.body.height))
         if not text:
             return
-        sheet.row([Cell(aligned(sheet, text, align, sheet.body), text, sheet.body)])
+        sheet.row([Cell(indent + aligned(sheet, text, align, sheet.body), text, sheet.body)])
 
 
 def paragraph(sheet: Sheet, *, rows: int, align: str, indent: float = 0.0, hang: float = 0.0, first: str = "") -> None:
