@@ -231,7 +231,7 @@ def test_wear_keeps_size_and_mode(seed: int, mode: str) -> None:
     ink = degrade.soften(degrade.ghost(degrade.ruled(_ink(), rng, 12), rng), rng, 16.0)
     assert (ink.size, ink.mode) == ((160, 60), "L")
     page = Image.new(mode, (160, 60), 200 if mode == "L" else (200, 180, 160))
-    for wear in (degrade.light, degrade.grain, degrade.compressed):
+    for wear in (degrade.light, degrade.grain, degrade.compressed):  # each takes (page, rng)
         page = wear(page, rng)
         assert (page.size, page.mode) == ((160, 60), mode)
     specked = degrade.specks(page, rng, 20.0)

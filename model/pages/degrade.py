@@ -201,9 +201,15 @@ def _noise_cut(size: tuple[int, int], deviation: int, rng: random.Random) -> Ima
     return field.crop((x, y, x + width, y + height))
 
 
-def grain(page: Image.Image, rng: random.Random) -> Image.Image:
-    """Add gaussian noise, fine or coarse, grey or coloured."""
-    deviation = rng.choice(NOISE_LEVELS)
+def contrast(ink: Image.Image, ink_color: Color, paper_color: Color) -> float:
+    """Return by how many grey levels the strokes stand out from the paper, less for thin ones."""
+    return abs(_luminance(ink_color) - _luminance(paper_color)) * _stroke_level(ink) / 255
+
+
+def grain(page: Image.Image, rng: random.Random, strokes: float = 255.0) -> Image.Image:
+    """Add gaussian noise, fine or coarse, grey or coloured, to a page with that `contrast` of its strokes."""
+    # beyond a seventh of the contrast the thin parts of letters drown, and nobody could say what stood there
+    deviation = rng.choice([level for level in NOISE_LEVELS if level <= max(strokes / 7, NOISE_LEVELS[0])])
     size = page.size
     if rng.random() < 0.2 and min(size) >= 8:
         coarse = _noise_cut((size[0] // 2 + 1, size[1] // 2 + 1), deviation, rng)

@@ -210,7 +210,10 @@ def _margins(rng: random.Random, spare: int, letter: float) -> tuple[int, int]:
 
 def _clean(rng: random.Random, ink: Image.Image) -> Image.Image:
     """A page as a screenshot or a PDF shows it: two flat colours, mostly black and white."""
-    return degrade.paint(ink, *degrade.colors(rng, plain=rng.random() < 0.75))
+    colors = degrade.colors(rng, plain=rng.random() < 0.75)
+    if degrade.contrast(ink, *colors) < 60:
+        colors = degrade.colors(rng, plain=True)
+    return degrade.paint(ink, *colors)
 
 
 def _worn(rng: random.Random, ink: Image.Image, letter: float, sheet: Sheet) -> Image.Image:
@@ -226,11 +229,16 @@ def _worn(rng: random.Random, ink: Image.Image, letter: float, sheet: Sheet) -> 
         ink = degrade.soften(ink, rng, letter)
     if chance() < 0.07:
         return degrade.paint(degrade.two_level(ink, rng), *degrade.colors(rng, plain=True))
-    page = degrade.paint(ink, *degrade.colors(rng, plain=chance() < 0.35))
+    colors = degrade.colors(rng, plain=chance() < 0.35)
+    strokes = degrade.contrast(ink, *colors)
+    if strokes < 60:
+        colors = degrade.colors(rng, plain=True)
+        strokes = degrade.contrast(ink, *colors)
+    page = degrade.paint(ink, *colors)
     if chance() < 0.25:
         page = degrade.light(page, rng)
     if chance() < 0.45:
-        page = degrade.grain(page, rng)
+        page = degrade.grain(page, rng, strokes)
     if chance() < 0.08:
         page = degrade.specks(page, rng, letter)
     if chance() < 0.25:
