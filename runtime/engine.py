@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trtvlm.model.checkpoint import bundled_draft, load_model, resolve_model
 from trtvlm.model.errors import UserError
 from trtvlm.model.processor import Processor
+from trtvlm.plugins.replace import for_cpu
 from trtvlm.runtime.torch_executor import TorchExecutor
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def open_model(model: str, draft: str | None = None, device: str = "cpu", max_le
 def _load(model: str, device: str, max_length: int | None) -> Executor:
     loaded = load_model(model, device=device)
     limit = loaded.config.language.max_position_embeddings
+    loaded = for_cpu(loaded) if device == "cpu" else loaded
     return TorchExecutor(loaded, min(max_length or DEFAULT_CONTEXT, limit))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trtvlm.model.cache import KVCache
+from trtvlm.plugins.replace import RowwiseLanguage
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class TorchExecutor:
     """`trtvlm.runtime.executor.Executor` over a DeepseekVL2 in evaluation mode, on the device its weights are on.
 
-    Logits come back as float32 on the CPU.
+    Logits come back as float32 on the CPU. A model out of `trtvlm.plugins.replace.for_cpu` decodes the tokens of a call
+    together, which is what makes speculation pay; any other decodes them one by one, whose rows depend on nothing.
     """
 
     def __init__(self, model: DeepseekVL2, max_length: int) -> None:
@@ -31,6 +33,7 @@ class TorchExecutor:
         self._model = model
         weight = model.image_newline
         self._dtype, self._device = weight.dtype, weight.device
+        self._together = isinstance(model.language, RowwiseLanguage)
         self._cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device)
 
     @property
@@ -57,15 +60,18 @@ class TorchExecutor:
     @torch.inference_mode()
     def prefill(self, embeds: Tensor) -> Tensor:
         """Append embeddings [T, hidden]. Returns float32 [vocab]: logits after the last one."""
-        return self._forward(embeds)[-1]
+        return self._forward(embeds, last_only=True)[-1]
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Append 1 to MAX_DECODE_WIDTH tokens. Returns float32 [tokens, vocab]; no row depends on the later ones."""
         if not 1 <= len(tokens) <= MAX_DECODE_WIDTH:
             raise ValueError(f"{len(tokens)} tokens in one decode call; 1 to {MAX_DECODE_WIDTH} are supported")
-        return torch.cat([self._forward(self.embed(torch.tensor([token]))) for token in tokens])
+        embeds = self.embed(torch.tensor(tokens))
+        if self._together:
+            return self._forward(embeds, last_only=False)
+        return torch.cat([self._forward(row, last_only=True) for row in embeds.split(1)])
 
-    def _forward(self, embeds: Tensor) -> Tensor:
-        logits: Tensor = self._model.language(embeds.unsqueeze(0), self._cache, last_only=True)
+    def _forward(self, embeds: Tensor, last_only: bool) -> Tensor:
+        logits: Tensor = self._model.language(embeds.unsqueeze(0), self._cache, last_only=last_only)
         return logits[0].to("cpu", torch.float32)

@@ -16,6 +16,7 @@ from tests.tiny import tiny_checkpoint, tiny_model
 from trtvlm.model.errors import UserError
 from trtvlm.model.processor import Processor
 from trtvlm.model.vlm import DeepseekVL2
+from trtvlm.plugins.replace import for_cpu
 from trtvlm.runtime.engine import Engine
 from trtvlm.runtime.lane import Lane
 from trtvlm.runtime.request import Request, question
@@ -66,8 +67,8 @@ def engine(
     processor: Processor, kind: str = "mla", noise: float = 0.02, length: int = 512, draft_length: int = 512
 ) -> Engine:
     model = tiny_model(kind)
-    draft = TorchExecutor(noisy(model, noise), draft_length)
-    return Engine("tiny", TorchExecutor(model, length), draft, processor, load_ms=1.0)
+    draft = TorchExecutor(for_cpu(noisy(model, noise)), draft_length)
+    return Engine("tiny", TorchExecutor(for_cpu(model, torch.float32), length), draft, processor, load_ms=1.0)
 
 
 def ask(page: Image.Image, **settings: object) -> Request:
@@ -158,12 +159,12 @@ def test_reuse_is_bit_for_bit(processor: Processor) -> None:
         processor(conversation([pages[a], pages[b]], answer))  # type: ignore[arg-type]
         for a, b, answer in [(0, 1, ""), (0, 1, "x"), (0, 2, "x"), (2, 1, ""), (0, 1, "x"), (0, 1, "x")]
     ]
-    lane = Lane(TorchExecutor(tiny_model("mla"), 1024))
+    lane = Lane(TorchExecutor(for_cpu(tiny_model("mla")), 1024))
     reused = []
     for prompt in prompts:
         filled = lane.fill(prompt)
         lane.executor.decode([5, 6, 7])
-        fresh = Lane(TorchExecutor(tiny_model("mla"), 1024)).fill(prompt)
+        fresh = Lane(TorchExecutor(for_cpu(tiny_model("mla")), 1024)).fill(prompt)
         assert torch.equal(filled.logits, fresh.logits)
         reused.append(filled.reused)
     assert reused[0] == reused[3] == reused[4] == 0  # another first image, nothing in common
@@ -185,12 +186,12 @@ def test_the_tower_runs_once_an_image(processor: Processor, monkeypatch: pytest.
 
 
 def test_few_images_are_kept(processor: Processor) -> None:
-    lane = Lane(TorchExecutor(tiny_model("mla"), 512), images_kept=2)
+    lane = Lane(TorchExecutor(for_cpu(tiny_model("mla")), 512), images_kept=2)
     for seed in range(4):
         lane.fill(processor(question([picture(seed, (40, 40))])))
     assert len(lane._images) == 2
     three = processor(question([picture(seed, (40, 40)) for seed in range(3)]))
-    assert torch.equal(lane.fill(three).logits, Lane(TorchExecutor(tiny_model("mla"), 512)).fill(three).logits)
+    assert torch.equal(lane.fill(three).logits, Lane(TorchExecutor(for_cpu(tiny_model("mla")), 512)).fill(three).logits)
 
 
 def test_text_alone(processor: Processor) -> None:
