@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
@@ -376,19 +376,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(NANO_TOKENIZER / "tokenizer.json"))
 
 
-@given(st.text(st.sampled_from(string.printable), max_size=80))
-@settings(max_examples=150, deadline=None)
-def test_tokenizer_round_trip(text: str) -> None:
+@given(st.one_of(st.text(st.sampled_from(string.printable), max_size=80), st.text(max_size=20)))
+@settings(max_examples=200, deadline=None)
+def test_tokenizer_gives_any_text_back(text: str) -> None:
     tokenizer = Tokenizer.from_file(str(NANO_TOKENIZER / "tokenizer.json"))
+    assume(not any(token in text for token in LATE_TOKENS))  # their names are not text
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-@given(st.text(max_size=20))
-@settings(max_examples=60, deadline=None)
-def test_tokenizer_keeps_any_text(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(NANO_TOKENIZER / "tokenizer.json"))
-    if not any(token in text for token in LATE_TOKENS):
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
 
 
 def test_tokenizer_ids(tokenizer: Tokenizer) -> None:
@@ -424,3 +417,22 @@ def test_candidate_resolutions_in_the_official_order() -> None:
     grids = candidate_resolutions(1, 24)
     assert len(grids) == len(set(grids))
     assert set(grids) == {(m, n) for m in range(1, 25) for n in range(1, 25) if m * n <= 24}
+
+
+# Travelling fonts
+
+
+def test_collected_fonts_draw_the_same(tmp_path: Path, font: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fontTools")
+    from trtvlm.scripts import collect_fonts
+
+    chosen = next(file for group in families("train") for file in group if file.path == font)
+    monkeypatch.setattr(collect_fonts, "families", lambda split: ((chosen,),) if split == "train" else ())
+    manifest = collect_fonts.collect_fonts(tmp_path)
+    copy = tmp_path / Path(font).name
+    assert manifest[copy.name]["family"] == chosen.family
+    assert json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8")) == manifest
+    assert copy.stat().st_size < Path(font).stat().st_size
+    assert not missing_characters(str(copy))
+    for text in ("Waves, 12.50", "“fi” – it’s"):
+        assert bytes(face(str(copy), 22).font.getmask(text)) == bytes(face(font, 22).font.getmask(text))
