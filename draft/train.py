@@ -177,7 +177,9 @@ class Training:
                 _compile(model)
         self.student: nn.Module
         student = Student(draft, target)
-        self.student, self.optimizer = accelerator.prepare(student, _optimizer(student, self.peak))
+        self.student, self.optimizer = accelerator.prepare(
+            student, _optimizer(student, self.peak, fused=accelerator.device.type == "cuda")
+        )
         self.remembered = RememberedAnswers() if source.keyed else None
         self.answering = AnswerSettings(
             settings.temperature, settings.max_answer_tokens, enough=1.0 if source.keyed else 0.5
@@ -224,16 +226,15 @@ class Training:
     def measure(self, folder: Path) -> dict[str, Any]:
         """The last row of the log: what speculation with this draft does on held-out records."""
         self.student.eval()
-        with self.accelerator.autocast():
-            row = measure(
-                self.target,
-                self.student_draft,
-                self.source.held_out,
-                folder,
-                k=self.settings.draft_tokens,
-                batch_tokens=self.settings.batch_tokens,
-                max_answer_tokens=self.settings.max_answer_tokens,
-            )
+        row = measure(
+            self.target,
+            self.student_draft,
+            self.source.held_out,
+            folder,
+            k=self.settings.draft_tokens,
+            batch_tokens=self.settings.batch_tokens,
+            max_answer_tokens=self.settings.max_answer_tokens,
+        )
         row = {"step": self.step, "minutes": round(self._elapsed() / 60, 2)} | row
         self.report(row)
         return row
@@ -358,12 +359,12 @@ def learning_rate(progress: float, step: int, peak: float, warm_up: int) -> floa
     return peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * part)))
 
 
-def _optimizer(student: Student, lr: float) -> torch.optim.Optimizer:
+def _optimizer(student: Student, lr: float, fused: bool) -> torch.optim.Optimizer:
     """AdamW; norms, biases and single vectors are not decayed."""
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.97), fused=torch.cuda.is_available() or None)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.97), fused=fused)
 
 
 def _accelerator(settings: TrainSettings) -> Accelerator:
