@@ -1,0 +1,18 @@
+"""torch.ops.trtvlm.fused_add_rms_norm; every device runs the reference until it has a kernel."""
+
+import torch
+from torch import Tensor
+
+from trtvlm.plugins.fused_add_rms_norm import reference
+
+
+@torch.library.custom_op("trtvlm::fused_add_rms_norm", mutates_args=())
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.fused_add_rms_norm`: the normalised sum and the sum."""
+    return reference.fused_add_rms_norm(x, residual, weight, eps)
+
+
+@fused_add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    torch._check(x.shape == residual.shape, lambda: f"x is {tuple(x.shape)}, the residual {tuple(residual.shape)}")
+    return torch.empty_like(x), torch.empty_like(x)

@@ -1,0 +1,19 @@
+"""torch.ops.trtvlm.int4_linear; every device runs the reference until it has a kernel."""
+
+import torch
+from torch import Tensor
+
+from trtvlm.plugins.int4_linear import reference
+
+
+@torch.library.custom_op("trtvlm::int4_linear", mutates_args=())
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tensor | None = None) -> Tensor:
+    """`reference.int4_linear`. Any number of leading dimensions; `in` a multiple of the group, `out` even."""
+    return reference.int4_linear(x, packed, scales, pre_quant_scale)
+
+
+@int4_linear.register_fake
+def _(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tensor | None = None) -> Tensor:
+    torch._check(x.shape[-1] == packed.shape[1], lambda: f"x has {x.shape[-1]} inputs, the weight {packed.shape[1]}")
+    torch._check(scales.shape[0] == 2 * packed.shape[0], lambda: "one row of scales an output")
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
