@@ -51,6 +51,8 @@ class OnnxRunner:
         options.log_severity_level = 3
         # Fusions of the runtime's own are not part of the graph that is being checked.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # Among them the one that rounds activations to INT8 before multiplying by INT4 weights.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         data = model if isinstance(model, bytes) else model.SerializeToString()
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

@@ -50,10 +50,10 @@ def export_onnx(
 ) -> "onnx.ModelProto":
     """Export `module` called with `inputs`, in that order, as an ONNX graph with the same input and output names.
 
-    Dimension 0 of every input is the one dynamic dimension, called `dynamic`, 1..`largest`; the example inputs need at
+    The project's own linear operators come out as standard nodes. Dimension 0 of every input is the one dynamic dimension, called `dynamic`, 1..`largest`; the example inputs need at
     least 2 there, because torch.export treats 0 and 1 as constants. Raises GraphError naming the graph.
     """
-    from trtvlm.plugins.onnx_table import custom_translation_table
+    from trtvlm.plugins.onnx_table import custom_translation_table, standardise
 
     dimension = torch.export.Dim(dynamic, min=1, max=max(2, largest))
     shapes = tuple({0: dimension} for _ in inputs)
@@ -69,10 +69,11 @@ def export_onnx(
                 custom_translation_table=custom_translation_table(),
                 verbose=False,
             )
+            assert exported is not None
+            model = standardise(exported.model_proto)
     except Exception as error:  # the exporter raises many kinds; all mean: this module cannot be written as ONNX
         raise GraphError(f"The graph '{name}' could not be exported to ONNX: {first_line(error)}") from error
-    assert exported is not None
-    return _named(name, exported.model_proto, dynamic)
+    return _named(name, model, dynamic)
 
 
 def export_vision(model: DeepseekVL2, largest: int) -> "onnx.ModelProto":
