@@ -65,7 +65,10 @@ class Pages:
 
     def __init__(self, folder: Path, batch_tokens: int, seed: int, workers: int, held_out: int) -> None:
         self.folder, self.seed, self.workers = folder, seed, workers
-        self.stages = tuple(replace(stage, batch_tokens=batch_tokens) for stage in CURRICULUM)
+        largest = max(stage.batch_tokens for stage in CURRICULUM)
+        self.stages = tuple(
+            replace(stage, batch_tokens=stage.batch_tokens * batch_tokens // largest) for stage in CURRICULUM
+        )
         samples = load_samples("heldout", held_out)
         self.held_out = [
             Record(f"page {number}", page.image, DEFAULT_PROMPT, page.text) for number, page in enumerate(samples)

@@ -102,7 +102,8 @@ class MoE(nn.Module):
         x [..., hidden] -> (out [..., hidden], scores float32 [N, experts], chosen float32 [N, experts] of 0 and 1).
         """
         tokens = x.reshape(-1, x.shape[-1])
-        scores = self.gate.scores(tokens)
+        with torch.autocast(x.device.type, enabled=False):  # routing stays float32 in mixed precision
+            scores = self.gate.scores(tokens)
         index, weight = self.gate.choose(scores)
         share = torch.zeros_like(scores).scatter(1, index, weight)
         chosen = torch.zeros_like(scores).scatter(1, index, 1.0)

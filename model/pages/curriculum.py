@@ -27,7 +27,10 @@ DEFAULT_PROMPT_SHARE: Final = 0.6
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: `share` of its time, the pages drawn (specification, weight) and tokens in a batch."""
+    """A part of the training: `share` of its time, the pages drawn (specification, weight) and tokens in a batch.
+
+    Small batches come first: what the beginning needs is steps.
+    """
 
     share: float
     pages: tuple[tuple[PageSpec, float], ...]
@@ -47,11 +50,11 @@ _PAGE = PageSpec()
 _DENSE = PageSpec(min_lines=5, kinds={**KINDS, "single": 0.0, "blank": 0.0})
 
 CURRICULUM: Final = (
-    Stage(0.17, ((_LINE, 1.0),), 100_000),
-    Stage(0.13, ((_LINES_2, 0.8), (_LINE, 0.2)), 100_000),
+    Stage(0.14, ((_LINE, 1.0),), 40_000),
+    Stage(0.12, ((_LINES_2, 0.8), (_LINE, 0.2)), 60_000),
     Stage(0.18, ((_LINES_4, 0.8), (_LINES_2, 0.2)), 100_000),
     Stage(0.20, ((_PAGE_7, 0.7), (_LINES_4, 0.3)), 100_000),
-    Stage(0.32, ((_PAGE, 0.55), (_DENSE, 0.3), (_PAGE_7, 0.15)), 100_000),
+    Stage(0.36, ((_PAGE, 0.55), (_DENSE, 0.3), (_PAGE_7, 0.15)), 100_000),
 )
 
 
