@@ -70,7 +70,7 @@ class TorchExecutor:
         embeds = self.embed(torch.tensor(tokens))
         if self._together:
             return self._forward(embeds, last_only=False)
-        return torch.cat([self._forward(row, last_only=True) for row in embeds.split(1)])
+        return torch.cat([self._forward(row, last_only=True) for row in torch.split(embeds, 1)])
 
     def _forward(self, embeds: Tensor, last_only: bool) -> Tensor:
         logits: Tensor = self._model.language(embeds.unsqueeze(0), self._cache, last_only=last_only)
