@@ -20,7 +20,8 @@ from trtvlm.plugins.replace import for_cpu
 from trtvlm.runtime.engine import Engine
 from trtvlm.runtime.lane import Lane
 from trtvlm.runtime.request import Request, question
-from trtvlm.runtime.session import Cancelled, Result, Session
+from trtvlm.runtime.result import Result
+from trtvlm.runtime.session import Cancelled, Session
 from trtvlm.runtime.torch_executor import TorchExecutor
 
 KINDS = ["mla", "mha", "base"]

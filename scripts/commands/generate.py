@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trtvlm.runtime.engine import Engine
-    from trtvlm.runtime.session import Result, Session
+    from trtvlm.runtime.result import Result
+    from trtvlm.runtime.session import Session
 
 SEVERAL = ("--image", "--stop")
 
@@ -167,7 +168,7 @@ def _open(engine: str | None, model: str | None, draft: str | None, device: str)
 
 def _read(session: Session, request: Request, show: bool) -> Result:
     """The answer; with `show`, its text goes to stdout piece by piece."""
-    from trtvlm.runtime.session import Result
+    from trtvlm.runtime.result import Result
 
     for piece in session.generate(request):
         if isinstance(piece, Result):
