@@ -4,6 +4,9 @@ import onnx
 
 from trtvlm.plugins.onnx_nodes import Rewrite
 
+NODES = {"fused_add_rms_norm": "fused_add_rms_norm"}
+"""ONNX node type -> the PyTorch operator that is exported as it."""
+
 
 def standardise(node: Rewrite) -> None:
     """x, residual, weight -> Add, RMSNormalization computed in float32."""

@@ -5,6 +5,9 @@ import onnx
 from trtvlm.plugins.int4_linear import packing
 from trtvlm.plugins.onnx_nodes import Rewrite
 
+NODES = {"int4_linear": "int4_linear"}
+"""ONNX node type -> the PyTorch operator that is exported as it."""
+
 
 def standardise(node: Rewrite) -> None:
     """x, packed, scales[, pre_quant_scale] -> Mul, DequantizeLinear, MatMul.

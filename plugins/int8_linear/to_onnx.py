@@ -4,6 +4,9 @@ import onnx
 
 from trtvlm.plugins.onnx_nodes import Rewrite
 
+NODES = {"int8_linear": "int8_linear"}
+"""ONNX node type -> the PyTorch operator that is exported as it."""
+
 
 def standardise(node: Rewrite) -> None:
     """x, codes, scales -> DequantizeLinear, MatMul; the weight is stored as [in, out]."""

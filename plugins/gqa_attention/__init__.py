@@ -1,0 +1,1 @@
+"""Attention with (grouped) key and value heads that appends its own keys and values to the cache."""

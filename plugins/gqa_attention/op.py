@@ -1,0 +1,71 @@
+"""torch.ops.trtvlm.gqa_attention; every device runs the reference until it has a kernel."""
+
+import torch
+from torch import Tensor
+
+from trtvlm.plugins.gqa_attention import reference
+
+
+@torch.library.custom_op("trtvlm::gqa_attention", mutates_args=("k_cache", "v_cache"))
+def gqa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cursor: Tensor,
+    heads: int,
+    scale: float,
+    rope_theta: float,
+) -> Tensor:
+    """`reference.gqa_attention`: writes the caches in place."""
+    return reference.gqa_attention(q, k, v, k_cache, v_cache, cursor, heads, scale, rope_theta)
+
+
+@gqa_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cursor: Tensor,
+    heads: int,
+    scale: float,
+    rope_theta: float,
+) -> Tensor:
+    torch._check(q.shape[1] == heads * k_cache.shape[2], lambda: "q and the cache disagree on the width of a head")
+    torch._check(heads % k_cache.shape[0] == 0, lambda: "query heads must share key heads evenly")
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("trtvlm::gqa_attention_functional", mutates_args=())
+def gqa_attention_functional(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cursor: Tensor,
+    heads: int,
+    scale: float,
+    rope_theta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For export, where values are never overwritten: returns the caches too, which a plugin aliases to its inputs."""
+    caches = k_cache.clone(), v_cache.clone()
+    return reference.gqa_attention(q, k, v, *caches, cursor, heads, scale, rope_theta), *caches
+
+
+@gqa_attention_functional.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cursor: Tensor,
+    heads: int,
+    scale: float,
+    rope_theta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)

@@ -1,0 +1,1 @@
+"""Absorbed multi-head latent attention that appends its own latents to the cache."""
