@@ -174,11 +174,11 @@ def build_chain(
         between = links.tensor(f"between.{index}", hidden)
         normed = links.tensor(f"normed.{index}", hidden)
         logits = links.tensor(f"router_logits.{index}", config.n_routed_experts, "float32")
-        links.segment(
-            f"{opened}experts{index}_in", Segment(opening, experts_in), inputs, [between, normed, logits]
-        )
+        links.segment(f"{opened}experts{index}_in", Segment(opening, experts_in), inputs, [between, normed, logits])
         experts = links.tensor(f"experts.{index}", hidden)
-        links.steps.append(_experts_step(config, index, dict(zip(experts_in.outputs, (normed, logits), strict=True)), experts))
+        links.steps.append(
+            _experts_step(config, index, dict(zip(experts_in.outputs, (normed, logits), strict=True)), experts)
+        )
         opening, inputs, opened, stream = ExpertsOut(), [between, experts], f"experts{index}_out_", between
     head = Segment(opening, Head(language.model.norm, language.lm_head), dense)
     links.segment(f"{opened}head", head, inputs, [links.tensor("logits", config.vocab_size, "float32")], rows="last")

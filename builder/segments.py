@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trtvlm.model.attention import MultiHeadAttention, MultiHeadLatentAttention
 from trtvlm.model.language import DecoderLayer
+from trtvlm.model.moe import MoE
 from trtvlm.model.norm import RMSNorm
 
 
@@ -127,12 +128,15 @@ class ExpertsIn(nn.Module):
     """Closes a segment before the experts: their input and the router's logits, which stay float32."""
 
     outputs = ("normed", "router_logits")
+    router: Tensor
 
     def __init__(self, layer: DecoderLayer) -> None:
         super().__init__()
         self.norm = Norm(layer.post_attention_layernorm)
+        experts = layer.mlp
+        router = experts.gate.weight if isinstance(experts, MoE) else experts.router
         # float32 whatever the model's type, as the official gate computes it.
-        self.router = nn.Parameter(layer.mlp.gate.weight.detach().float(), requires_grad=False)
+        self.register_buffer("router", router.detach().float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [rows, hidden] -> normed [rows, hidden], router logits float32 [rows, experts]."""

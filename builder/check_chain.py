@@ -1,0 +1,170 @@
+"""The whole chain on the CPU, onnxruntime for segments and reference operators between, against the language model."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trtvlm.builder.chain import Chain, EngineStep, OperatorStep
+from trtvlm.builder.check_onnx import OnnxRunner, difference, widened
+from trtvlm.builder.export import GraphError
+from trtvlm.model.cache import HeadCache, KVCache, LatentCache
+from trtvlm.model.language import LanguageModel
+from trtvlm.model.moe import MoE
+from trtvlm.plugins.gqa_attention.reference import gqa_attention
+from trtvlm.plugins.int4_moe.module import Int4MoE
+from trtvlm.plugins.int4_moe.reference import Int4MLP, int4_moe
+from trtvlm.plugins.mla_attention.reference import mla_attention
+
+if TYPE_CHECKING:
+    import onnx
+
+# Relative L2 error a row of logits may have when everything is float32: a few hundred sums in another order. Measured
+# chains stay under 1e-5; a tensor wired wrongly gives 0.1 and more.
+EXACT = 1e-3
+
+# The same as compiled, of the median row: some 60 segments and operators in a row, with up to 8 roundings of 2^-11 each
+# on the residual stream, make sqrt(480) * 2^-11 = 2^-6.5.
+ROUNDED = 2.0**-6
+
+
+@dataclass(frozen=True)
+class ChainDifference:
+    """How the chain as compiled compares with the language model, over a prefill's last row and some decodes.
+
+    `rel_l2` is the median row's, because a rounding that swaps two nearly equal experts moves a single row far;
+    `agreement` is the share of rows with the same best token, 0..1.
+    """
+
+    rel_l2: float
+    max_abs: float
+    agreement: float
+
+
+class ReferenceOperators:
+    """The plugins' reference operators over a packed language model, in one dtype, with empty caches of their own."""
+
+    def __init__(self, language: LanguageModel, dtype: torch.dtype, longest: int) -> None:
+        cache = KVCache(language.config, 1, longest, dtype)
+        self._caches = cache.layers
+        self._attentions = [layer.self_attn for layer in language.model.layers]
+        self._experts = [_in_dtype(layer.mlp, dtype) for layer in language.model.layers]
+
+    def __call__(self, step: OperatorStep, inputs: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
+        """Run `step` for rows at positions `start`, `start` + 1, ...: inputs by name -> outputs by name."""
+        (output,) = step.outputs
+        if step.operator.endswith("moe"):
+            return {output: after_router(self._experts[step.layer], inputs["normed"], inputs["router_logits"])}
+        cache, cursor = self._caches[step.layer], torch.tensor([start])
+        common = (step.attributes[name] for name in ("heads", "scale", "rope_theta"))
+        if isinstance(cache, LatentCache):
+            weight = self._attentions[step.layer].kv_b_proj.weight
+            parts = inputs["q"], inputs["latent"], inputs["k_pe"], weight, cache.latent[0], cache.k_pe[0]
+            return {output: mla_attention(*parts, cursor, *common)}
+        assert isinstance(cache, HeadCache)
+        heads = inputs["q"], inputs["k"], inputs["v"], cache.k[0], cache.v[0]
+        return {output: gqa_attention(*heads, cursor, *common)}
+
+
+def after_router(experts: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
+    """An experts layer from its input [rows, hidden] and its router's logits float32 [rows, experts] -> [rows, hidden]."""
+    if isinstance(experts, Int4MoE):
+        layer = experts
+        weights = Int4MLP(layer.fc, layer.fc_scales, layer.proj, layer.proj_scales, layer.fc_pre, layer.proj_pre)
+        shared = None
+        if layer.shared_fc is not None:
+            parts = layer.shared_fc, layer.shared_fc_scales, layer.shared_proj, layer.shared_proj_scales
+            shared = Int4MLP(*parts, layer.shared_fc_pre, layer.shared_proj_pre)
+        return int4_moe(x, logits, weights, layer.routing, shared, layer.correction_bias)
+    assert isinstance(experts, MoE)
+    index, weight = experts.gate.choose(logits.sigmoid() if experts.gate.sigmoid else logits.softmax(-1))
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for number, expert in enumerate(experts.experts):
+        rows, slot = (index == number).nonzero(as_tuple=True)
+        if rows.numel():
+            total.index_add_(0, rows, expert(x[rows]).float() * weight[rows, slot].unsqueeze(-1))
+    out = total.to(x.dtype)
+    return out + experts.shared_experts(x) if hasattr(experts, "shared_experts") else out
+
+
+class ChainRunner:
+    """A whole language model on the CPU: tokens of one sequence in, logits out, with the cache in the operators."""
+
+    def __init__(self, chain: Chain, graphs: Mapping[str, OnnxRunner], operators: ReferenceOperators) -> None:
+        self._chain, self._graphs, self._operators = chain, graphs, operators
+
+    def __call__(self, tokens: Tensor, start: int, last_only: bool = False) -> Tensor:
+        """Token ids int64 [rows] at positions from `start` on -> logits float32 [rows or 1, vocab]."""
+        tensors = {self._chain.input: tokens}
+        for step in self._chain.steps:
+            inputs = {name: tensors[source] for name, source in step.inputs.items()}
+            if isinstance(step, EngineStep):
+                if step.rows == "last" and last_only:
+                    inputs = {name: value[-1:] for name, value in inputs.items()}
+                outputs = self._graphs[step.name](inputs)
+            else:
+                outputs = self._operators(step, inputs, start)
+            tensors |= {target: outputs[name] for name, target in step.outputs.items()}
+        return tensors[self._chain.output]
+
+
+@torch.no_grad()
+def check_chain(
+    part: str,
+    chain: Chain,
+    graphs: Mapping[str, "onnx.ModelProto"],
+    packed: LanguageModel,
+    language: LanguageModel,
+    *,
+    exact: float = EXACT,
+    rounded: float = ROUNDED,
+) -> ChainDifference:
+    """Run the whole chain, a prefill and decodes of several widths with a rollback, against `language` in float32.
+
+    `packed` holds the operators' weights; `language` the same weights as a float32 model. First every graph is widened
+    to float32 and every row must agree within `exact`, which finds any tensor wired wrongly; then as compiled, where
+    the median row must agree within `rounded`. Raises GraphError naming the part.
+    """
+    width, longest = chain.profiles["decode"][2], chain.profiles["prefill"][2]
+    prefill = max(1, min(24, longest - width - 1))
+    # (start, rows): the last pass overwrites what the third wrote, as a step does whose draft was refused.
+    passes = [(0, prefill), (prefill, 1), (prefill + 1, width), (prefill + 2, min(2, width))]
+    passes = [(start, rows) for start, rows in passes if start + rows <= longest]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, language.config.vocab_size, (sum(passes[-1]) + width,), generator=generator)[:longest]
+    logits = language(language.model.embed_tokens(tokens).unsqueeze(0))[0]
+    expected = torch.cat([logits[start + (rows - 1 if not start else 0) : start + rows] for start, rows in passes])
+
+    def run(dtype: torch.dtype) -> Tensor:
+        wide = dtype == torch.float32
+        runners = {name: OnnxRunner(name, widened(graph) if wide else graph) for name, graph in graphs.items()}
+        runner = ChainRunner(chain, runners, ReferenceOperators(packed, dtype, longest))
+        return torch.cat([runner(tokens[start : start + rows], start, last_only=not start) for start, rows in passes])
+
+    wide_error = _rows_rel_l2(run(torch.float32), expected).max().item()
+    if not wide_error <= exact:
+        raise GraphError(
+            f"The {part}'s segments and operators together (float32) give logits with a relative error of "
+            f"{wide_error:.2e} against PyTorch, over the {exact:.2e} allowed: the chain is wired wrongly."
+        )
+    found = run(torch.float16)
+    error = _rows_rel_l2(found, expected).median().item()
+    if not error <= rounded:
+        raise GraphError(
+            f"The {part}'s segments and operators together give logits with a relative error of {error:.2e} against "
+            f"PyTorch, over the {rounded:.2e} allowed."
+        )
+    agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    return ChainDifference(error, difference(found, expected).max_abs, agreement)
+
+
+def _rows_rel_l2(found: Tensor, expected: Tensor) -> Tensor:
+    return (found - expected).double().norm(dim=-1) / expected.double().norm(dim=-1)
+
+
+def _in_dtype(experts: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Float experts in `dtype`; packed ones as they are, since their operators take the activation's dtype."""
+    return copy.deepcopy(experts).to(dtype) if isinstance(experts, MoE) else experts
