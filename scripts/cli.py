@@ -1,0 +1,86 @@
+"""The `trtvlm` command line: a group whose commands are imported when they are called, and only then."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from trtvlm import __version__
+from trtvlm.model.errors import UserError
+
+# Command -> its line in `trtvlm --help`. The lines stand here so that the help imports no command; each command is the
+# click object `command` of scripts/commands/<name>.py, a dash in its name being an underscore in the file's.
+COMMANDS = {
+    "build": "Quantize a checkpoint and compile it into an engine directory.",
+    "generate": "Read images and print what they say, as it is decoded.",
+    "draft-train": "Distil a draft from a target, on the target's own answers.",
+    "serve": "Answer OpenAI-style requests over HTTP.",
+}
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class Failure(click.ClickException):
+    """A `UserError` on its way out: one sentence on stderr, exit status 2."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class LazyGroup(click.Group):
+    """A group that imports the module of a command when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a person's work, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command; None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"trtvlm.scripts.commands.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands' lines from the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; turn what a person can mend, or did, into a line and an exit status."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    r"""DeepSeek-VL2 on one consumer GPU: INT4 AWQ engines, a trained draft, lossless speculative decoding.
+
+    A model is named by a folder, a hub name (deepseek-ai/deepseek-vl2-tiny) or `nano`: the bundled pair, which reads
+    printed text and needs no download. A tour:
+
+    \b
+    trtvlm build --model nano --quant int4_awq --sm 86 --output engine
+    trtvlm generate --engine engine --image page.png
+    trtvlm serve --engine engine
+
+    `trtvlm COMMAND --help` tells more.
+    """
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 something to mend in what was asked, 130 interrupted."""
+    cli(prog_name="trtvlm")
+
+
+if __name__ == "__main__":
+    main()
