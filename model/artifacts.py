@@ -1,14 +1,119 @@
-"""The directories the project writes: made whole or not at all, and the only place that knows their file names."""
+"""The directories the project writes: made whole or not at all, and the only place that knows their file names.
+
+An engine directory is laid out as TensorRT-LLM's: config.json (version, pretrained_config, build_config) and
+rank0.safetensors (the quantized language model). Beside them stand the vision part, the compiled engines, the
+processor's files and, in `draft/`, the same layout again for the draft.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
+
+FORMAT_VERSION = 1
+PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class EngineDir:
+    """The file names of an engine directory, or of its `draft/`; nothing is read before it is asked for."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """TensorRT-LLM's config.json."""
+        return self.path / "config.json"
+
+    @property
+    def model_config_file(self) -> Path:
+        """The checkpoint's own config.json."""
+        return self.path / "model_config.json"
+
+    @property
+    def weights(self) -> Path:
+        """The language model: quantized, TensorRT-LLM's names and layout."""
+        return self.path / "rank0.safetensors"
+
+    @property
+    def vision(self) -> Path:
+        """The folder of the vision tower and projector: vision.safetensors, vision.onnx, vision.engine."""
+        return self.path / "vision"
+
+    @property
+    def vision_weights(self) -> Path:
+        """The vision tower, the projector and the two layout vectors, 16 bit, with the checkpoint's names."""
+        return self.vision / "vision.safetensors"
+
+    @property
+    def language(self) -> Path:
+        """The folder of the language model's graphs and engines, and of chain.json, which joins them."""
+        return self.path / "language"
+
+    @property
+    def report_file(self) -> Path:
+        """What was built, how long it took, how well it answers, and a digest of every file."""
+        return self.path / "build_report.json"
+
+    @property
+    def draft(self) -> EngineDir | None:
+        """The draft's directory, if there is one."""
+        return EngineDir(self.path / "draft") if (self.path / "draft").is_dir() else None
+
+    def config(self) -> dict[str, Any]:
+        """Read config.json. Raises UserError when this is no engine directory, or one of another version."""
+        config = _read_json(self.config_file)
+        if not isinstance(config.get("pretrained_config"), dict) or not isinstance(config.get("build_config"), dict):
+            raise UserError(f"{self.path} is not an engine directory: its config.json has no pretrained_config; run `trtvlm build`.")
+        version = config.get("trtvlm", {}).get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{self.path} has format version {version}, but this trtvlm reads {FORMAT_VERSION}: build it again.")
+        return config
+
+    def model_config(self) -> ModelConfig:
+        """The model's own configuration."""
+        return ModelConfig.from_dict(_read_json(self.model_config_file))
+
+    def report(self) -> dict[str, Any]:
+        """Read build_report.json."""
+        return _read_json(self.report_file)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no {path.name} in {path.parent}: give a directory that `trtvlm build` made.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): build the engine again.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} does not hold a JSON object: build the engine again.")
+    return raw
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` readably, with sorted keys, so that equal values give equal bytes."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, by its path relative to it, sorted."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+    return found
 
 
 @contextmanager
@@ -18,9 +123,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     Raises UserError when `path` exists and is not an empty folder (unless `overwrite`), or cannot be written.
     """
     path = Path(path).expanduser().absolute()
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if occupied and not overwrite:
-        raise UserError(f"{path} exists already: give another output, delete it, or overwrite it.")
+    check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -36,3 +139,11 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         raise UserError(f"Writing {path} failed ({error.strerror or error}); nothing was left there.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: Path, overwrite: bool = False) -> None:
+    """Raise UserError when `path` exists and is not an empty folder, unless it may be overwritten."""
+    if overwrite and path.is_file():
+        raise UserError(f"{path} is a file: give a directory as output.")
+    if not overwrite and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: give another output, delete it, or overwrite it.")
