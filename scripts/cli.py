@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    r"""DeepSeek-VL2 on one consumer GPU: INT4 AWQ engines, a trained draft, lossless speculative decoding.
+    """DeepSeek-VL2 on one consumer GPU: INT4 AWQ engines, a trained draft, lossless speculative decoding.
 
     A model is named by a folder, a hub name (deepseek-ai/deepseek-vl2-tiny) or `nano`: the bundled pair, which reads
     printed text and needs no download. A tour:

@@ -117,7 +117,7 @@ def command(
     resume: bool,
     **settings: Any,
 ) -> None:
-    r"""Distil a draft from a target, on the target's own answers.
+    """Distil a draft from a target, on the target's own answers.
 
     The draft learns the target's whole distribution at every token the target generates. DIR is a checkpoint that
     `trtvlm build --draft DIR` takes, written whole at the end; while the training runs its state is in DIR.state, and

@@ -99,7 +99,7 @@ def command(
     as_json: bool,
     device: str,
 ) -> None:
-    r"""Read images and print what they say, as it is decoded.
+    """Read images and print what they say, as it is decoded.
 
     The text goes to stdout, a table of figures to stderr. All images are checked before the first is read.
 
