@@ -17,6 +17,12 @@ from torch import Tensor
 
 DOMAIN, VERSION = "trtvlm", 1
 
+_FLOATS: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+}
+
 
 @dataclass
 class Rewrite:
@@ -46,8 +52,7 @@ class Rewrite:
     def weight(self, suffix: str, value: Tensor) -> str:
         """Add a float weight in the graph's own dtype -> its name. bfloat16 has no numpy dtype, hence the raw bytes."""
         name = self._name(suffix)
-        kind = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
-        cast = value.to(kind.get(self.dtype, torch.float32)).contiguous()
+        cast = value.to(_FLOATS[self.dtype]).contiguous()
         raw = cast.view(torch.uint8).numpy().tobytes()
         self.tensors.append(helper.make_tensor(name, self.dtype, value.shape, raw, raw=True))
         return name

@@ -143,11 +143,11 @@ class _LatentLayer(nn.Module):
         key, value = attention.kv_b_halves()
         lora = attention.q_lora_rank is not None
         query = (attention.q_b_proj if lora else attention.q_proj).weight.view(heads, nope + rope, -1)
-        q_nope, q_pe = query.split((nope, rope), dim=1)
+        q_nope, q_pe = torch.split(query, [nope, rope], dim=1)
         queries = torch.cat(
             (torch.einsum("hnr,hni->hri", key, q_nope).flatten(0, 1), q_pe[:, half_split].flatten(0, 1))
         )
-        latent, k_pe = attention.kv_a_proj_with_mqa.weight.split((rank, rope))
+        latent, k_pe = torch.split(attention.kv_a_proj_with_mqa.weight, [rank, rope])
         # With a low rank the queries are made of a normalised q_a and not of x.
         first = attention.q_a_proj.weight if lora else queries
         self.project = RowwiseLinear(torch.cat((first, k_pe[half_split], latent)), dtype)
@@ -189,7 +189,7 @@ class _HeadLayer(nn.Module):
         end = start + x.shape[0]
         parts = self.project(x).view(x.shape[0], -1, self.width)
         rotated = rotate(parts[:, : self.heads + self.kv_heads], *rope)
-        q, k = rotated.split((self.heads, self.kv_heads), dim=1)
+        q, k = torch.split(rotated, [self.heads, self.kv_heads], dim=1)
         cache.k[0, :, start:end] = k.transpose(0, 1)
         cache.v[0, :, start:end] = parts[:, self.heads + self.kv_heads :].transpose(0, 1)
         out: Tensor = self.output(head_attention(q, cache.k[0], cache.v[0], start, self.width**-0.5))

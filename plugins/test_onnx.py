@@ -1,5 +1,8 @@
 """Operators in ONNX: exported, made standard, run by onnxruntime, compared with the module."""
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx
 import onnxruntime
 import pytest
@@ -24,7 +27,7 @@ class AddNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(128) + 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """X [rows, 128] -> norm and sum, added so that both are used."""
         normed, added = fused_add_rms_norm(x, x * 0.5, self.weight, 1e-6)
         return normed - added
@@ -79,9 +82,7 @@ def test_standard_form_gives_the_reference(name: str, dtype: torch.dtype) -> Non
 class Attention(nn.Module):
     """mla_attention over caches that are inputs of the graph, as a single engine has them."""
 
-    def forward(
-        self, q: Tensor, latent: Tensor, k_pe: Tensor, kv_b: Tensor, caches: list[Tensor], at: Tensor
-    ) -> Tensor:
+    def forward(self, q: Tensor, latent: Tensor, k_pe: Tensor, kv_b: Tensor, caches: list[Tensor], at: Tensor) -> Any:
         """Everything as `mla_attention` has it, 2 heads -> the attention and the caches."""
         return mla_attention_functional(q, latent, k_pe, kv_b, *caches, at, 2, 0.25, 10_000.0)
 
@@ -100,8 +101,8 @@ def _moe() -> Int4MoE:
 
 
 CACHES = [torch.zeros(16, 64), torch.zeros(16, 8)]
-PLUGIN_NODES = {
-    "int4_moe": (_moe, (torch.randn(3, 64),), 14),
+PLUGIN_NODES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], int]] = {
+    "int4_moe": (_moe, (torch.randn(3, 64),), 11),
     "mla_attention": (
         Attention,
         (torch.randn(3, 48), torch.randn(3, 64), torch.randn(3, 8), torch.randn(64, 64), CACHES, torch.tensor([2])),

@@ -19,7 +19,7 @@ def _decode(model: DeepseekVL2, prompt: torch.Tensor, widths: list[int], tokens:
     cache = KVCache(model.config.language, 1, MAX_LEN)
     model.language(prompt.unsqueeze(0), cache, last_only=True)
     embeds = model.language.model.embed_tokens(tokens)
-    return torch.cat([model.language(part.unsqueeze(0), cache)[0] for part in embeds.split(widths)])
+    return torch.cat([model.language(part.unsqueeze(0), cache)[0] for part in torch.split(embeds, widths)])
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.fused_add_rms_norm import reference
+from trtvlm.plugins.shapes import require
 
 
 @torch.library.custom_op("trtvlm::fused_add_rms_norm", mutates_args=())
@@ -14,5 +15,5 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 @fused_add_rms_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    torch._check(x.shape == residual.shape, lambda: f"x is {tuple(x.shape)}, the residual {tuple(residual.shape)}")
+    require(x.shape == residual.shape, f"x is {tuple(x.shape)}, the residual {tuple(residual.shape)}")
     return torch.empty_like(x), torch.empty_like(x)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.gqa_attention import reference
+from trtvlm.plugins.shapes import require
 
 
 @torch.library.custom_op("trtvlm::gqa_attention", mutates_args=("k_cache", "v_cache"))
@@ -34,8 +35,8 @@ def _(
     scale: float,
     rope_theta: float,
 ) -> Tensor:
-    torch._check(q.shape[1] == heads * k_cache.shape[2], lambda: "q and the cache disagree on the width of a head")
-    torch._check(heads % k_cache.shape[0] == 0, lambda: "query heads must share key heads evenly")
+    require(q.shape[1] == heads * k_cache.shape[2], "q and the cache disagree on the width of a head")
+    require(heads % k_cache.shape[0] == 0, "query heads must share key heads evenly")
     return torch.empty_like(q)
 
 

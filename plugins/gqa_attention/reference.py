@@ -35,7 +35,7 @@ def gqa_attention(
     v_cache.index_copy_(1, positions, v.view(rows, kv_heads, width).transpose(0, 1).to(v_cache.dtype))
 
     # Query head h reads key head h // (heads / kv_heads).
-    grouped = queries.unflatten(1, (kv_heads, -1))
+    grouped = queries.view(rows, kv_heads, -1, width)
     scores = torch.einsum("mkgd,ksd->mkgs", grouped, k_cache.to(q.dtype)).float() * scale
     ahead = torch.arange(span, device=q.device) > positions.view(-1, 1, 1, 1)
     probabilities = scores.masked_fill(ahead, float("-inf")).softmax(-1).to(q.dtype)

@@ -52,7 +52,7 @@ def test_equals_the_model_however_it_is_cut(seed: int, heads: tuple[int, int], w
     expected = layer(x.unsqueeze(0), (cos.unsqueeze(0), sin.unsqueeze(0)), mask)[0]
     caches, numbers = _caches(layer), (layer.heads, layer.head_dim**-0.5, 10_000.0)
     outs, cursor = [], 0
-    for part in x.split(widths):
+    for part in torch.split(x, widths):
         outs.append(gqa_attention(*_arguments(layer, part), *caches, torch.tensor([cursor]), *numbers))
         cursor += len(part)
     # Two orders of adding at most 64 values of size ~1.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.int4_linear import reference
+from trtvlm.plugins.shapes import require
 
 
 @torch.library.custom_op("trtvlm::int4_linear", mutates_args=())
@@ -14,6 +15,6 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tens
 
 @int4_linear.register_fake
 def _(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tensor | None = None) -> Tensor:
-    torch._check(x.shape[-1] == packed.shape[1], lambda: f"x has {x.shape[-1]} inputs, the weight {packed.shape[1]}")
-    torch._check(scales.shape[0] == 2 * packed.shape[0], lambda: "one row of scales an output")
+    require(x.shape[-1] == packed.shape[1], f"x has {x.shape[-1]} inputs, the weight {packed.shape[1]}")
+    require(scales.shape[0] == 2 * packed.shape[0], "one row of scales an output")
     return x.new_empty(*x.shape[:-1], scales.shape[0])

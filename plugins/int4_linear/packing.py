@@ -20,7 +20,7 @@ def group_scales(weight: Tensor, group: int = GROUP_SIZE, dtype: torch.dtype = t
     """
     if weight.shape[-1] % group:
         raise ValueError(f"groups of {group} do not divide {weight.shape[-1]} inputs")
-    amax = weight.float().unflatten(-1, (-1, group)).abs().amax(-1)
+    amax = weight.float().reshape(*weight.shape[:-1], -1, group).abs().amax(-1)
     scales = (amax / HIGHEST).to(dtype).float()
     return torch.where(scales > 0, scales, 1.0)
 

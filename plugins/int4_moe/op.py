@@ -5,6 +5,7 @@ from torch import Tensor
 
 from trtvlm.plugins.int4_moe import reference
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
+from trtvlm.plugins.shapes import require
 
 
 @torch.library.custom_op("trtvlm::int4_moe", mutates_args=())
@@ -50,7 +51,7 @@ def int4_moe(
 
 @int4_moe.register_fake
 def _(x: Tensor, router_logits: Tensor, fc: Tensor, *_rest: object) -> Tensor:
-    torch._check(x.dim() == 2, lambda: f"x has {x.dim()} dimensions, not 2")
-    torch._check(x.shape[1] == fc.shape[2], lambda: f"x is {x.shape[1]} wide, the experts {fc.shape[2]}")
-    torch._check(router_logits.shape[1] == fc.shape[0], lambda: "one router logit an expert")
+    require(x.dim() == 2, f"x has {x.dim()} dimensions, not 2")
+    require(x.shape[1] == fc.shape[2], f"x is {x.shape[1]} wide, the experts {fc.shape[2]}")
+    require(router_logits.shape[1] == fc.shape[0], "one router logit an expert")
     return torch.empty_like(x)

@@ -55,7 +55,7 @@ class Routing:
         scores = logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
         choice = scores if correction_bias is None else scores + correction_bias.float()
         if correction_bias is not None and self.groups > 1:
-            grouped = choice.unflatten(1, (self.groups, -1))
+            grouped = choice.view(choice.shape[0], self.groups, -1)
             strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             keep = torch.zeros_like(strength, dtype=torch.bool)
             keep.scatter_(1, strength.topk(self.top_groups, dim=-1).indices, True)

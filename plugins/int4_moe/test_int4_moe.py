@@ -1,7 +1,7 @@
 """int4_moe against the model's own layer with the same rounded weights; both routings."""
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_equals_the_float_layer_with_rounded_weights(kind: str, seed: int, rows:
     st.sampled_from([(1, 1), (4, 2)]),
 )
 def test_routing_is_the_model_s(seed: int, scoring: str, normalise: bool, bias: bool, groups: tuple[int, int]) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "n_routed_experts": 16,
         "num_experts_per_tok": 3,
         "scoring_func": scoring,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.int8_linear import reference
+from trtvlm.plugins.shapes import require
 
 
 @torch.library.custom_op("trtvlm::int8_linear", mutates_args=())
@@ -14,6 +15,6 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 @int8_linear.register_fake
 def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    torch._check(x.shape[-1] == codes.shape[1], lambda: f"x has {x.shape[-1]} inputs, the weight {codes.shape[1]}")
-    torch._check(scales.shape[0] == codes.shape[0], lambda: "one scale an output")
+    require(x.shape[-1] == codes.shape[1], f"x has {x.shape[-1]} inputs, the weight {codes.shape[1]}")
+    require(scales.shape[0] == codes.shape[0], "one scale an output")
     return x.new_empty(*x.shape[:-1], codes.shape[0])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.mla_attention import reference
+from trtvlm.plugins.shapes import require
 
 
 @torch.library.custom_op("trtvlm::mla_attention", mutates_args=("latent_cache", "k_pe_cache"))
@@ -38,7 +39,7 @@ def _(
     scale: float,
     rope_theta: float,
 ) -> Tensor:
-    torch._check(latent.shape[1] == kv_b_proj.shape[1], lambda: "latent and kv_b_proj disagree on the rank")
+    require(latent.shape[1] == kv_b_proj.shape[1], "latent and kv_b_proj disagree on the rank")
     nope = q.shape[1] // heads - k_pe.shape[1]
     return q.new_empty(q.shape[0], kv_b_proj.shape[0] - heads * nope)
 

@@ -48,7 +48,7 @@ def test_equals_the_model_however_it_is_cut(seed: int, widths: list[int]) -> Non
     expected = layer(x.unsqueeze(0), (cos.unsqueeze(0), sin.unsqueeze(0)), mask)[0]
     caches, numbers = _caches(layer), (CONFIG.num_attention_heads, layer.scale, CONFIG.rope_theta)
     outs, cursor = [], 0
-    for part in x.split(widths):
+    for part in torch.split(x, widths):
         outs.append(mla_attention(*_arguments(layer, part), *caches, torch.tensor([cursor]), *numbers))
         cursor += len(part)
     # Expanded in the model, absorbed here: equal up to rounding of sums of at most 64 values of size ~1.

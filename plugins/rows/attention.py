@@ -57,7 +57,7 @@ class LatentAttention:
             mask = torch.zeros(1, 1)
 
             def attend(x: Tensor) -> Tensor:
-                q = x.view(-1, self.rank + self.rope).split((self.rank, self.rope), dim=1)
+                q = torch.split(x.view(-1, self.rank + self.rope), [self.rank, self.rope], dim=1)
                 return self._attend(q[0].contiguous(), q[1].contiguous(), latent, k_pe, mask).view(x.shape[0], -1)
 
             self._together[span] = check_row_invariance(attend, self.heads * (self.rank + self.rope))

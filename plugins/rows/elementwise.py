@@ -15,7 +15,7 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function`, elementwise, of x [M, N] so that a row's bits do not depend on M."""
     if x.shape[1] % _VECTORS == 0 and x.numel() < _SERIAL:
         return function(x)
-    return torch.cat([function(row) for row in x.split(1)])
+    return torch.cat([function(row) for row in torch.split(x, 1)])
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -34,5 +34,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Products and sums are single operations, rounded once each: a fused multiply-add would round differently in the
     vectorised and the left-over elements.
     """
-    halves = x.unflatten(-1, (2, -1))
+    halves = x.view(*x.shape[:-1], 2, -1)
     return x * cos + halves.flip(-2).flatten(-2) * sin

@@ -56,7 +56,7 @@ class RowwiseExperts(nn.Module):
             out: Tensor = self.all(x, index, weight)
             return out
         total = torch.zeros_like(x) if self.shared is None else self.shared(x)
-        for number in index.unique().tolist():
+        for number in sorted(set(index.flatten().tolist())):
             rows, slot = (index == number).nonzero(as_tuple=True)
             total.index_add_(0, rows, self.experts[number](x[rows]) * weight[rows, slot].unsqueeze(1))
         return total

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from trtvlm.plugins.shapes import require
 from trtvlm.plugins.speculative_accept import reference
 
 
@@ -16,9 +17,9 @@ def speculative_accept(
 
 @speculative_accept.register_fake
 def _(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    torch._check(target_probs.shape[0] == draft_tokens.shape[0] + 1, lambda: "the target has one row more")
-    torch._check(draft_probs.shape[0] == draft_tokens.shape[0], lambda: "one row of draft probabilities a token")
-    torch._check(uniforms.shape[0] == draft_tokens.shape[0] + 1, lambda: "one uniform number a row of the target")
+    require(target_probs.shape[0] == draft_tokens.shape[0] + 1, "the target has one row more")
+    require(draft_probs.shape[0] == draft_tokens.shape[0], "one row of draft probabilities a token")
+    require(uniforms.shape[0] == draft_tokens.shape[0] + 1, "one uniform number a row of the target")
     return draft_tokens.new_empty(()), draft_tokens.new_empty(())
 
 
@@ -31,5 +32,5 @@ def speculative_accept_greedy(draft_tokens: Tensor, target_logits: Tensor) -> tu
 
 @speculative_accept_greedy.register_fake
 def _(draft_tokens: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    torch._check(target_logits.shape[0] == draft_tokens.shape[0] + 1, lambda: "the target has one row more")
+    require(target_logits.shape[0] == draft_tokens.shape[0] + 1, "the target has one row more")
     return draft_tokens.new_empty(()), draft_tokens.new_empty(())
