@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trtvlm.model.artifacts import atomic_directory
+from trtvlm.model.artifacts import PROCESSOR_FILES, atomic_directory
 
 from trtvlm.model.checkpoint import save_model
 from trtvlm.model.errors import UserError
 from trtvlm.model.vlm import DeepseekVL2
 
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json")
 LOG = "training_log.jsonl"
 
 

@@ -267,6 +267,8 @@ class Training:
         if self.remembered:
             batch = self.remembered.recall(batch)
         answered = answer(self.target, batch, self.answering)
+        if self.drawn == 1 and not bool(torch.isfinite(answered.logits).all()):
+            raise UserError(f"The target's logits are not finite in {answered.logits.dtype}: use --precision float32.")
         if self.remembered and self.settings.temperature == 0:
             self.remembered.keep(answered)
         return answered
