@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trtvlm.model.artifacts import PROCESSOR_FILES, atomic_directory
 
+from trtvlm.model.artifacts import PROCESSOR_FILES, atomic_directory
 from trtvlm.model.checkpoint import save_model
 from trtvlm.model.errors import UserError
 from trtvlm.model.vlm import DeepseekVL2
