@@ -1,0 +1,91 @@
+"""AWQ (Lin et al., arXiv 2306.00978) by ModelOpt: the input scales of a bag of linear layers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trtvlm.model.errors import UserError
+from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
+
+ALPHA_STEP = 0.1
+
+
+class _Bag(nn.Module):
+    """Linear layers side by side, each with the inputs it is calibrated on."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights.values())
+        with torch.no_grad():
+            for layer, weight in zip(self.layers, weights.values(), strict=True):
+                layer.weight.copy_(weight)
+
+
+@torch.no_grad()
+def pre_quant_scales(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factor AWQ multiplies each linear layer's inputs by (its weights are divided by it): float32 [in] each.
+
+    weights float32 [out, in] and inputs float32 [tokens, in], by layer name. The search (alpha from 0 to 1 in steps of
+    0.1) minimises each layer's own output error on its own inputs; a layer without inputs gets ones.
+    """
+    with _quiet():
+        try:
+            import modelopt.torch.quantization as mtq
+        except ImportError as error:
+            raise UserError(
+                f"INT4 AWQ needs nvidia-modelopt, which cannot be imported ({error}); install it, or use --quant int8_wo."
+            ) from None
+        bag = _Bag(weights)
+        rows = [inputs[name] for name in weights]
+
+        def run(module: nn.Module) -> None:
+            assert isinstance(module, _Bag)
+            for layer, x in zip(module.layers, rows, strict=True):
+                if x.shape[0]:
+                    layer(x)
+
+        group = {"num_bits": 4, "block_sizes": {-1: GROUP_SIZE, "type": "static"}}
+        config = {
+            "quant_cfg": [
+                {"quantizer_name": "*", "enable": False},
+                {"quantizer_name": "*weight_quantizer", "cfg": group, "enable": True},
+            ],
+            "algorithm": {"method": "awq_lite", "alpha_step": ALPHA_STEP},
+        }
+        mtq.quantize(bag, config, run)
+    found = {}
+    for name, layer in zip(weights, bag.layers, strict=True):
+        scale = getattr(layer.input_quantizer, "_pre_quant_scale", None)
+        found[name] = torch.ones(weights[name].shape[1]) if scale is None else scale.detach().float().flatten()
+    return found
+
+
+def shared_scale(scales: Sequence[Tensor]) -> Tensor:
+    """One scale for layers that share their input: the mean, rounded to float16 as it is stored; never 0."""
+    mean = torch.stack(list(scales)).mean(0)
+    return mean.clamp(min=2.0**-14, max=60000.0).half().float()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ModelOpt's progress bars and notices off the terminal."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)

@@ -1,0 +1,68 @@
+"""A safetensors file written one tensor at a time, so that a large checkpoint never stands whole in memory.
+
+The header comes first in the file and names every tensor's place, so what will be written must be known beforehand.
+Format: https://github.com/huggingface/safetensors (8 bytes of header length, the JSON header, the tensors' bytes).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
+
+
+def nbytes(spec: Spec) -> int:
+    """The size of a tensor in bytes."""
+    dtype, shape = spec
+    return math.prod(shape) * dtype.itemsize
+
+
+class SafetensorsWriter:
+    """Writes the tensors of `layout` (name -> dtype, shape) in any order; the file's bytes do not depend on it."""
+
+    def __init__(self, path: Path, layout: Mapping[str, Spec]) -> None:
+        self.layout = dict(layout)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._offsets: dict[str, int] = {}
+        end = 0
+        # Wide types first, then by name, as the safetensors library orders them: every tensor stays aligned.
+        for name in sorted(self.layout, key=lambda name: (-self.layout[name][0].itemsize, name)):
+            dtype, shape = self.layout[name]
+            self._offsets[name] = end
+            end += nbytes(self.layout[name])
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [self._offsets[name], end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.truncate(self._start + end)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place. ValueError if it is not what the layout says, or was written before."""
+        if name not in self._offsets:
+            raise ValueError(f"{name} is not in the layout, or was written before")
+        if (tensor.dtype, tuple(tensor.shape)) != self.layout[name]:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the layout says {self.layout[name]}")
+        self._file.seek(self._start + self._offsets.pop(name))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file. ValueError if the block ended well but tensors are missing."""
+        self._file.close()
+        if kind is None and self._offsets:
+            raise ValueError(f"{len(self._offsets)} tensors were never written: {min(self._offsets)}, ...")
