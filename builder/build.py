@@ -1,0 +1,238 @@
+"""`trtvlm build`: a checkpoint, perhaps with a draft, becomes an engine directory. The whole stage on one page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtvlm import __version__
+from trtvlm.builder.calibrate import Sample, bundled_samples, prepare, read_samples
+from trtvlm.builder.stream import nbytes
+from trtvlm.builder.trtllm_config import BuildConfig, engine_config
+from trtvlm.model.artifacts import PROCESSOR_FILES, EngineDir, atomic_directory, check_free, digests, write_json
+from trtvlm.model.checkpoint import CheckpointReader, bundled_draft, load_model, resolve_model
+from trtvlm.model.config import ModelConfig
+from trtvlm.model.errors import UserError
+from trtvlm.model.processor import Processor
+from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
+from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, Kind, layout, linears, load_quantized
+
+Progress = Callable[[str, str], None]
+"""Called with a part ("target", "draft", "engines", "accuracy") and what is being done for it now."""
+
+_PACKAGES = ("torch", "nvidia-modelopt", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """The command line's options and their defaults.
+
+    quant: "none", "int8_wo" or "int4_awq". lm_head: "fp16", "int8" or "int4"; None is int8, or fp16 when quant is
+    none. calibration: a folder or JSONL file; None takes the project's own pages. verify_samples: held-out samples to
+    compare the quantized model with the float one on; 0 skips it. compile: also build engines.
+    """
+
+    quant: str = "int4_awq"
+    lm_head: str | None = None
+    build: BuildConfig = field(default_factory=BuildConfig)
+    calibration: str | None = None
+    calibration_samples: int = 48
+    verify_samples: int = 24
+    compile: bool = True
+    overwrite: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """How linear layers are stored."""
+        return QUANTIZATIONS[self.quant]
+
+    @property
+    def head(self) -> Kind:
+        """How the LM head is stored."""
+        chosen = self.lm_head or ("fp16" if self.quant == "none" else "int8")
+        return {"fp16": "fp16", "int8": "int8", "int4": "int4"}[chosen]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of the build: the target or the draft."""
+
+    role: str
+    name: str
+    folder: Path
+    config: ModelConfig
+
+
+def build(model: str, output: Path, settings: BuildSettings, draft: str | None = None, progress: Progress = lambda part, what: None) -> dict[str, Any]:
+    """Build `output` and return its report. Raises UserError; `output` then is what it was before."""
+    parts = plan(model, output, settings, draft)
+    started = time.monotonic()
+    report: dict[str, Any] = {"model": model, "draft": parts[1].name if len(parts) > 1 else None, "quant": settings.quant,
+                              "lm_head": settings.head, "sm": settings.build.sm, "parts": {}, "engines": []}  # fmt: skip
+    with atomic_directory(output, settings.overwrite) as folder:
+        engine = EngineDir(folder)
+        for part in parts:
+            place = engine if part.role == "target" else EngineDir(folder / "draft")
+            report["parts"][part.role] = _quantize(part, place, settings, progress)
+        if settings.compile:
+            from trtvlm.builder.engines import build_engines
+
+            before = time.monotonic()
+            limits = settings.build
+            report["engines"] = build_engines(
+                folder, sm=limits.sm, max_seq_len=limits.max_seq_len, max_width=limits.max_width,
+                progress=lambda what: progress("engines", what),
+            )  # fmt: skip
+            report["engines_seconds"] = round(time.monotonic() - before, 2)
+        for part in parts if settings.verify_samples else []:
+            progress("accuracy", part.role)
+            place = engine if part.role == "target" else EngineDir(folder / "draft")
+            report["parts"][part.role]["accuracy"] = _accuracy(part, place, settings)
+        report["seconds"] = round(time.monotonic() - started, 2)
+        report["versions"] = versions()
+        report["files"] = digests(folder)
+        report["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        write_json(engine.report_file, report)
+    return report
+
+
+def plan(model: str, output: Path, settings: BuildSettings, draft: str | None = None) -> list[Part]:
+    """Everything that can be refused is refused here, before anything is written. The parts: target, then draft."""
+    if settings.compile:
+        from trtvlm.builder.compile import check_sm
+
+        check_sm(settings.build.sm)
+    check_free(Path(output).expanduser().absolute(), settings.overwrite)
+    draft = draft if draft is not None else bundled_draft(model)
+    parts = [_part("target", model)]
+    if draft is not None:
+        parts.append(_part("draft", draft))
+        _check_pair(parts[0], parts[1])
+    for part in parts:
+        language = part.config.language
+        if settings.build.max_seq_len > language.max_position_embeddings:
+            raise UserError(
+                f"--max-seq-len {settings.build.max_seq_len} is more than the {language.max_position_embeddings} positions "
+                f"of {part.name}; give at most that."
+            )
+        if settings.kind == "int4":
+            _check_groups(part)
+    return parts
+
+
+def planned_sizes(parts: list[Part], settings: BuildSettings) -> dict[str, dict[str, int]]:
+    """Bytes of what would be written, by part: the quantized language model, the 16-bit vision part, the cache."""
+    sizes = {}
+    for part in parts:
+        reader = CheckpointReader(part.folder)
+        language = part.config.language
+        vision = [name for name in reader.keys() if not name.startswith(("language.", "vision.attn_pool."))]
+        width = (language.kv_lora_rank or 0) + language.qk_rope_head_dim
+        if not language.use_mla:
+            width = 2 * language.num_key_value_heads * language.head_dim
+        sizes[part.role] = {
+            "language": sum(nbytes(spec) for spec in layout(language, settings.kind, settings.head).values()),
+            "vision": sum(2 * _numel(reader.shape(name)) for name in vision),
+            "kv_cache": 2 * settings.build.max_seq_len * language.num_hidden_layers * width,
+            "checkpoint": sum(2 * _numel(reader.shape(name)) for name in reader.keys()),
+        }
+    return sizes
+
+
+def versions() -> dict[str, str]:
+    """What this was built with."""
+    found = {"trtvlm": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _part(role: str, name: str) -> Part:
+    folder = resolve_model(name)
+    return Part(role, name, folder, ModelConfig.from_pretrained(folder))
+
+
+def _check_pair(target: Part, draft: Part) -> None:
+    """A draft must speak the target's tokens and see the target's tiles."""
+    vocabularies = [_vocabulary(part.folder) for part in (target, draft)]
+    if vocabularies[0] != vocabularies[1] or target.config.language.vocab_size != draft.config.language.vocab_size:
+        raise UserError(
+            f"The draft {draft.name} has another vocabulary than the target {target.name}: speculation needs the same "
+            "tokens; train one with `trtvlm draft-train --target " + target.name + "`."
+        )
+    ours, theirs = target.config, draft.config
+    if (ours.tile_size, ours.view_tokens_side, ours.candidate_resolutions) != (theirs.tile_size, theirs.view_tokens_side, theirs.candidate_resolutions):
+        raise UserError(f"The draft {draft.name} cuts images differently from the target {target.name}; use a draft made for it.")
+
+
+def _vocabulary(folder: Path) -> Any:
+    try:
+        raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}).") from None
+    return raw.get("model", {}).get("vocab"), raw.get("model", {}).get("merges"), raw.get("added_tokens")
+
+
+def _check_groups(part: Part) -> None:
+    for layer in range(part.config.language.num_hidden_layers):
+        for fused in linears(part.config.language, layer):
+            if fused.inputs % GROUP_SIZE or fused.outputs % 2:
+                raise UserError(
+                    f"INT4 needs inputs in groups of {GROUP_SIZE} and an even number of outputs, but {part.name}'s layer {layer} "
+                    f"{fused.name} is {fused.outputs} x {fused.inputs}; use --quant int8_wo or none."
+                )
+
+
+def _quantize(part: Part, place: EngineDir, settings: BuildSettings, progress: Progress) -> dict[str, Any]:
+    """Write one part's configuration, processor files and quantized weights."""
+    from trtvlm.builder.quantize import quantize_language
+
+    started = time.monotonic()
+    place.path.mkdir(parents=True, exist_ok=True)
+    for name in PROCESSOR_FILES:
+        if (part.folder / name).is_file():
+            shutil.copyfile(part.folder / name, place.path / name)
+    write_json(place.model_config_file, part.config.to_dict())
+    write_json(place.config_file, engine_config(part.config, settings.quant, settings.head, settings.build))
+    samples = []
+    if settings.kind == "int4":
+        progress(part.role, "calibration samples")
+        processor = Processor.from_pretrained(part.folder, part.config)
+        samples = prepare(_calibration(settings), processor)
+    found = quantize_language(
+        CheckpointReader(part.folder), part.config, place, settings.kind, settings.head, samples,
+        lambda what: progress(part.role, what),
+    )  # fmt: skip
+    sizes = {"language": place.weights.stat().st_size, "vision": place.vision_weights.stat().st_size}
+    return {"name": part.name, "bytes": sizes, "seconds": round(time.monotonic() - started, 2), **found.to_dict()}
+
+
+def _calibration(settings: BuildSettings) -> list[Sample]:
+    if settings.calibration is not None:
+        return read_samples(settings.calibration, settings.calibration_samples)
+    return bundled_samples("calibration", settings.calibration_samples)
+
+
+def _accuracy(part: Part, place: EngineDir, settings: BuildSettings) -> dict[str, Any]:
+    from trtvlm.builder.accuracy import compare
+
+    processor = Processor.from_pretrained(part.folder, part.config)
+    samples = bundled_samples("heldout", settings.verify_samples)
+    return compare(load_model(part.folder), load_quantized(place.path), samples, processor)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,161 @@
+"""`trtvlm build`: turn a checkpoint into an engine directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", required=True, help="The checkpoint: nano, a folder, or a hub name.")
+@click.option(
+    "--quant",
+    type=click.Choice(["none", "int8_wo", "int4_awq"]),
+    default="int4_awq",
+    show_default=True,
+    help="How linear layers are stored: 16 bit, 8-bit weights, or 4-bit weights with AWQ scales in groups of 64.",
+)
+@click.option("--sm", type=int, default=86, show_default=True, help="Compute capability to compile for (86: RTX 3090).")
+@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="The new engine directory.")
+@click.option("--draft", metavar="MODEL", help="The draft that speculates for it. A bundled model brings its own.")
+@click.option(
+    "--lm-head",
+    type=click.Choice(["fp16", "int8", "int4"]),
+    help="How the LM head is stored. By default int8, and fp16 with --quant none.",
+)
+@click.option(
+    "--calibration",
+    metavar="FOLDER|JSONL",
+    help="Samples for AWQ: a folder of images (each perhaps with its text in a .txt), or a file of "
+    '{"image", "prompt", "answer"} objects, one a line. By default the project\'s own pages.',
+)
+@click.option("--calibration-samples", metavar="N", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option("--max-seq-len", metavar="N", type=click.IntRange(min=16), help="Positions of the cache. By default the model's.")
+@click.option(
+    "--max-draft-len",
+    metavar="K",
+    type=click.IntRange(0, 7),
+    default=7,
+    show_default=True,
+    help="Drafted tokens a step at most: decoding is compiled for up to K + 1 rows.",
+)
+@click.option(
+    "--verify-samples",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=24,
+    show_default=True,
+    help="Held-out pages to compare the quantized model with the float one on; 0 leaves it out.",
+)
+@click.option("--compile/--no-compile", default=True, show_default=True, help="Compile engines, or only quantize.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built and how big; write nothing.")
+def command(
+    model: str,
+    quant: str,
+    sm: int,
+    output: Path,
+    draft: str | None,
+    lm_head: str | None,
+    max_seq_len: int | None,
+    max_draft_len: int,
+    dry_run: bool,
+    **rest: Any,
+) -> None:
+    r"""Turn a checkpoint into an engine directory.
+
+    Quantizes one decoder layer at a time, exports the vision tower and the language model to ONNX, checks every graph
+    against PyTorch, and compiles engines with TensorRT-RTX. Needs no GPU. An interrupted build leaves nothing behind.
+
+    \b
+    trtvlm build --model nano --quant int4_awq --sm 86 --output engine
+    trtvlm build --model deepseek-ai/deepseek-vl2-small --draft my-draft --output small --dry-run
+    """
+    from rich.console import Console
+
+    from trtvlm.builder.build import BuildSettings, build, plan, planned_sizes
+    from trtvlm.builder.trtllm_config import BuildConfig
+    from trtvlm.model.checkpoint import resolve_model
+    from trtvlm.model.config import ModelConfig
+
+    context = max_seq_len or ModelConfig.from_pretrained(resolve_model(model)).language.max_position_embeddings
+    limits = BuildConfig(sm=sm, max_seq_len=context, max_draft_len=max_draft_len, engines=rest["compile"])
+    settings = BuildSettings(quant=quant, lm_head=lm_head, build=limits, **rest)
+    console = Console(stderr=True)
+    if dry_run:
+        parts = plan(model, output, settings, draft)
+        console.print(_planned(planned_sizes(parts, settings)))
+        console.print(f"{output} would be built for SM {sm} from {', '.join(part.name for part in parts)}; nothing was written.")
+        return
+    with console.status("Building") as status:
+
+        def progress(part: str, what: str) -> None:
+            status.update(f"{part}: {what}")
+
+        report = build(model, output, settings, draft, progress)
+    console.print(_built(report))
+    if report["engines"]:
+        console.print(_compiled(report["engines"]))
+    console.print(f"{output} is built ({report['bytes'] / 1e6:.1f} MB, {report['seconds']:.0f} s).")
+
+
+def _planned(sizes: dict[str, dict[str, int]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="What would be built")
+    table.add_column("part")
+    for column in ("16-bit checkpoint", "quantized language model", "vision part", "cache"):
+        table.add_column(column, justify="right")
+    for part, size in sizes.items():
+        table.add_row(part, *(f"{size[key] / 1e6:,.2f} MB" for key in ("checkpoint", "language", "vision", "kv_cache")))
+    return table
+
+
+def _built(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Quantized ({report['quant']}, LM head {report['lm_head']}), against the float model on held-out pages")
+    table.add_column("part")
+    for column in ("language", "vision", "same next token", "KL", "CER float", "CER quantized", "fewest tokens of an expert"):
+        table.add_column(column, justify="right")
+    for name, part in report["parts"].items():
+        accuracy = part.get("accuracy", {})
+        fewest = [min(counts) for counts in part["expert_tokens"].values()]
+        table.add_row(
+            name,
+            *(f"{part['bytes'][key] / 1e6:.2f} MB" for key in ("language", "vision")),
+            _percent(accuracy.get("next_token_agreement")),
+            f"{accuracy['kl']:.5f}" if "kl" in accuracy else "-",
+            _percent(accuracy.get("cer_float")),
+            _percent(accuracy.get("cer_quantized")),
+            f"{min(fewest):,}" if fewest else "-",
+        )
+    return table
+
+
+def _compiled(engines: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Engines, each graph checked with onnxruntime")
+    table.add_column("part")
+    for column in ("graphs", "ONNX", "engines", "seconds", "largest difference"):
+        table.add_column(column, justify="right")
+    for part in dict.fromkeys(engine["part"] for engine in engines):
+        rows = [engine for engine in engines if engine["part"] == part]
+        table.add_row(
+            part,
+            str(len(rows)),
+            *(f"{sum(row[key] for row in rows) / 1e6:.2f} MB" for key in ("onnx_bytes", "engine_bytes")),
+            f"{sum(row['seconds'] for row in rows):.1f}",
+            f"{max(row['rel_l2'] for row in rows):.1e}",
+        )
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}%"
