@@ -1,19 +1,25 @@
-"""What a session runs on: a target, perhaps a draft, and their processor."""
+"""What a session runs on: a target, perhaps a draft, and the processor of both."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.checkpoint import bundled_draft, load_model, resolve_model
 from trtvlm.model.errors import UserError
 from trtvlm.model.processor import Processor
+from trtvlm.plugins.quantized_checkpoint import load_quantized
 from trtvlm.plugins.replace import for_cpu
 from trtvlm.runtime.torch_executor import TorchExecutor
 
 if TYPE_CHECKING:
     from trtvlm.model.config import ModelConfig
+    from trtvlm.model.vlm import DeepseekVL2
     from trtvlm.runtime.executor import Executor
 
 # A longer context than this must be asked for: the cache is allocated whole.
@@ -31,33 +37,61 @@ class Engine:
     load_ms: float
 
 
-def open_engine(folder: str, device: str = "cpu") -> Engine:
-    """Run an engine directory's quantized checkpoint with PyTorch. UserError: it is none, or it is damaged."""
-    raise UserError("Engine directories cannot be opened yet; use --model.")
+def open_engine(folder: str | Path, device: str = "cpu") -> Engine:
+    """Run an engine directory's quantized checkpoint, and that of the draft inside it, with PyTorch.
+
+    UserError: no engine directory, a damaged one, or no such device.
+    """
+    started = time.perf_counter()
+    check_device(device)
+    engine = EngineDir(Path(folder).expanduser())
+    target = _load_engine(engine, device)
+    draft = _load_engine(engine.draft, device) if engine.draft is not None else None
+    processor = Processor.from_pretrained(engine.path, engine.model_config())
+    return _pair(engine.path.resolve().name, target, draft, processor, started)
 
 
 def open_model(model: str, draft: str | None = None, device: str = "cpu", max_length: int | None = None) -> Engine:
-    """Run a checkpoint (a bundled name, a folder or a hub name) directly, in float32, without an engine directory.
+    """Run a checkpoint (a bundled name, a folder or a hub name) directly, without an engine directory.
 
     draft: likewise; by default the one that a bundled target comes with. max_length: positions of the cache; by default
-    the model's context, at most DEFAULT_CONTEXT. UserError: no such model, or a draft that does not fit the target.
+    the model's context, at most DEFAULT_CONTEXT. UserError: no such model or device, or a draft that does not fit.
     """
     started = time.perf_counter()
-    folder = resolve_model(model)
-    processor = Processor.from_pretrained(folder)
-    target = _load(model, device, max_length)
+    check_device(device)
+    target = _load_model(model, device, max_length)
     draft = draft or bundled_draft(model)
-    drafter = _load(draft, device, max_length) if draft else None
-    if drafter is not None:
-        check_pair(target.config, drafter.config)
-    return Engine(model, target, drafter, processor, 1e3 * (time.perf_counter() - started))
+    drafter = _load_model(draft, device, max_length) if draft else None
+    return _pair(model, target, drafter, Processor.from_pretrained(resolve_model(model)), started)
 
 
-def _load(model: str, device: str, max_length: int | None) -> Executor:
-    loaded = load_model(model, device=device)
-    limit = loaded.config.language.max_position_embeddings
-    loaded = for_cpu(loaded) if device == "cpu" else loaded
-    return TorchExecutor(loaded, min(max_length or DEFAULT_CONTEXT, limit))
+def _pair(name: str, target: Executor, draft: Executor | None, processor: Processor, started: float) -> Engine:
+    if draft is not None:
+        check_pair(target.config, draft.config)
+    return Engine(name, target, draft, processor, 1e3 * (time.perf_counter() - started))
+
+
+def _load_engine(engine: EngineDir, device: str) -> Executor:
+    build = engine.config()["build_config"]
+    return _executor(load_quantized(engine.path), device, int(build["max_seq_len"]))
+
+
+def _load_model(model: str, device: str, max_length: int | None) -> Executor:
+    return _executor(load_model(model), device, max_length or DEFAULT_CONTEXT)
+
+
+def _executor(model: DeepseekVL2, device: str, max_length: int) -> Executor:
+    limit = min(max_length, model.config.language.max_position_embeddings)
+    return TorchExecutor(for_cpu(model) if device == "cpu" else model.to(device), limit)
+
+
+def check_device(device: str) -> None:
+    """UserError unless PyTorch can put a tensor there."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"PyTorch cannot use the device '{device}' ({reason}): try cpu, or another one.") from None
 
 
 def check_pair(target: ModelConfig, draft: ModelConfig) -> None:

@@ -1,9 +1,7 @@
 """From logits to tokens: greedy or sampled, plain or speculative, always with the same distribution.
 
-Speculative sampling after Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding"
-(2023), algorithm 1: a drafted token x is kept with probability min(1, p(x) / q(x)); the first one refused is replaced
-by a draw from the residual max(p - q, 0), normalised. Temperature and top-p are part of p and q, so what comes out has
-exactly the distribution that plain sampling has.
+Temperature and top-p are part of both the target's and the draft's distribution, so that what
+`trtvlm.plugins.speculative_accept` accepts of the draft's has exactly the distribution that plain sampling has.
 """
 
 from __future__ import annotations
@@ -12,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from trtvlm.plugins.speculative_accept.reference import speculative_accept, speculative_accept_greedy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,19 +77,15 @@ class Sampler:
         drafted: K tokens; draft_probs: what `choose` gave with each; logits [K + 1, vocab]: the target's rows, row i
         being the one that drafted[i] competes in. Returns 1 to K + 1 tokens.
         """
+        tokens = torch.tensor(drafted, dtype=torch.int64)
         if self.greedy:
-            best = [int(row.argmax()) for row in logits]
-            agreed = next((i for i, token in enumerate(drafted) if token != best[i]), len(drafted))
-            return best[: agreed + 1]
-        for i, (token, q) in enumerate(zip(drafted, draft_probs, strict=True)):
-            p = probabilities(logits[i], self.temperature, self.top_p)
-            if self._uniform() * q[token] < p[token]:
-                continue
-            residual = (p - q).clamp_(min=0)
-            # p == q up to rounding leaves nothing: then a refusal was itself rounding, and p is the distribution.
-            return [*drafted[:i], draw(residual if residual.sum() > 0 else p, self._uniform())]
-        bonus, _ = self.choose(logits[len(drafted)])
-        return [*drafted, bonus]
+            count, own = speculative_accept_greedy(tokens, logits)
+        else:
+            p = probabilities(logits, self.temperature, self.top_p)
+            q = torch.stack(draft_probs) if draft_probs else p[:0]
+            uniforms = torch.rand(len(p), generator=self._generator, dtype=torch.float64)
+            count, own = speculative_accept(tokens, q, p, uniforms)
+        return [*drafted[: int(count)], int(own)]
 
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))

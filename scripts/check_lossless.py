@@ -1,9 +1,11 @@
-"""Greedy decoding with and without speculation, page by page: the tokens must be the very same.
+"""Speculation changes nothing: greedy tokens are the very same, and sampled ones have the same distribution.
 
     python -m trtvlm.scripts.check_lossless --engine DIR --tokens 10000 --output benchmarks/lossless-int4.json
     python -m trtvlm.scripts.check_lossless --model nano --tokens 10000 --output benchmarks/lossless-16bit.json
 
-Prints every mismatch and the counts; exits with status 1 if there was one, or if the pages held too few tokens.
+Greedy: held-out pages are read with and without speculation; every mismatch is printed. Sampled (`--samples`): one page
+is begun many times both ways, and a chi-square test compares the counts of each of the first tokens.
+Exits with status 1 if there was a mismatch, if the pages held too few tokens, or if a p value is below 0.001.
 """
 
 from __future__ import annotations
@@ -12,21 +14,29 @@ import json
 import platform
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import torch
 
 from trtvlm.model.errors import UserError
+from trtvlm.runtime.engine import open_engine, open_model
+from trtvlm.runtime.lane import Lane
 from trtvlm.runtime.request import Request, question
+from trtvlm.runtime.sampling import Sampler
+from trtvlm.runtime.session import Session
+from trtvlm.runtime.speculate import speculate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from PIL import Image
 
-    from trtvlm.runtime.session import Session
+    from trtvlm.runtime.engine import Engine
+    from trtvlm.runtime.executor import Executor
 
 SPLITS = ("heldout", "heldout_fonts", "real")
 
@@ -91,6 +101,75 @@ def _first_difference(plain: tuple[int, ...], speculative: tuple[int, ...]) -> d
     return {"position": same} | {name: ids[same] if same < len(ids) else None for name, ids in ends.items()}
 
 
+POSITIONS = 3
+LEAST_P = 1e-3
+
+
+@dataclass
+class SampledComparison:
+    """Chi-square tests of sampled tokens with speculation against those without, from `samples` runs each.
+
+    p_values: for the first tokens of an answer; the first comes from the prefill, the next ones are speculated.
+    kinds: how many different tokens each position saw.
+    """
+
+    temperature: float
+    top_p: float
+    samples: int
+    p_values: list[float] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+
+
+def compare_sampled(
+    engine: Engine, image: Image.Image, samples: int, temperature: float, top_p: float, draft_tokens: int
+) -> SampledComparison:
+    """Begin the answer to one page `samples` times with, and as often without speculation."""
+    assert engine.draft is not None
+    inputs = engine.processor(question([image]))
+    logits = Lane(engine.target).fill(inputs).logits
+    Lane(engine.draft).fill(inputs)
+    prompt = len(inputs.input_ids)
+
+    def begin(sampler: Sampler, draft: Executor | None) -> list[int]:
+        engine.target.rollback(prompt)
+        first, _ = sampler.choose(logits)
+        if draft is not None:
+            draft.rollback(prompt)
+        tokens = [first]
+        for step in speculate(
+            engine.target, draft, first, sampler, max_tokens=draft_tokens + 1, draft_tokens=draft_tokens
+        ):
+            tokens += step.tokens
+            if len(tokens) >= POSITIONS:
+                break
+        return tokens[:POSITIONS]
+
+    result = SampledComparison(temperature, top_p, samples)
+    plain, speculative = (
+        [begin(sampler, draft) for _ in range(samples)]
+        for sampler, draft in ((Sampler(temperature, top_p, 1), None), (Sampler(temperature, top_p, 2), engine.draft))
+    )
+    for position in range(POSITIONS):
+        counts = [Counter(tokens[position] for tokens in runs) for runs in (plain, speculative)]
+        result.p_values.append(two_sample_p(*counts))
+        result.kinds.append(len(counts[0] | counts[1]))
+    return result
+
+
+def two_sample_p(a: Counter[int], b: Counter[int]) -> float:
+    """The p value of "both counts come from one distribution": chi-square, cells with fewer than 10 in all pooled."""
+    cells = [(a[key], b[key]) for key in a | b]
+    rare = [cell for cell in cells if sum(cell) < 10]
+    pooled = [(sum(x for x, _ in rare), sum(y for _, y in rare))] if rare else []
+    cells = [cell for cell in cells if sum(cell) >= 10] + pooled
+    ratio = (b.total() / a.total()) ** 0.5
+    statistic = sum((ratio * x - y / ratio) ** 2 / (x + y) for x, y in cells)
+    if len(cells) < 2:
+        return 1.0
+    halves = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(halves[0], halves[1]))
+
+
 def sample_pages(splits: Iterable[str] = SPLITS) -> Iterator[tuple[str, Image.Image]]:
     """The bundled held-out pages, none of which any model was trained on."""
     from trtvlm.model.pages.samples import load_samples
@@ -108,6 +187,9 @@ def sample_pages(splits: Iterable[str] = SPLITS) -> Iterator[tuple[str, Image.Im
 @click.option("--draft-tokens", default=Request.draft_tokens, show_default=True)
 @click.option("--max-new-tokens", default=Request.max_new_tokens, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--samples", default=0, show_default=True, help="Sampled answers to compare, too.")
+@click.option("--temperature", default=1.5, show_default=True, help="Of the sampled answers.")
+@click.option("--top-p", default=0.95, show_default=True, help="Of the sampled answers.")
 @click.option("--output", metavar="FILE", help="Write the counts as JSON.")
 def main(
     engine: str | None,
@@ -117,13 +199,13 @@ def main(
     draft_tokens: int,
     max_new_tokens: int,
     device: str,
+    samples: int,
+    temperature: float,
+    top_p: float,
     output: str | None,
 ) -> None:
-    """Run the comparison and report."""
+    """Run the comparisons and report."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from trtvlm.runtime.engine import open_engine, open_model
-    from trtvlm.runtime.session import Session
 
     if (engine is None) == (model is None):
         raise click.UsageError("Give either --engine DIR or --model NAME.")
@@ -143,28 +225,36 @@ def main(
         f"{total.tokens} tokens of {total.pages} pages, {len(total.mismatches)} mismatches; with speculation "
         f"{total.accepted_per_step:.2f} tokens a step, {total.speedup:.2f} times as fast"
     )
+    sampled = None
+    if samples:
+        (_, page), *_ = sample_pages()
+        sampled = compare_sampled(opened, page, samples, temperature, top_p, draft_tokens)
+        for position, (p, kinds) in enumerate(zip(sampled.p_values, sampled.kinds, strict=True), 1):
+            click.echo(
+                f"sampled token {position}: {kinds} different ones in 2 x {samples} runs, chi-square p = {p:.3f}"
+            )
     if output is not None:
         what = Path(engine).name if engine is not None else model
+        which = "--engine" if engine is not None else "--model"
+        options = f"--tokens {tokens} --draft-tokens {draft_tokens}" + (f" --samples {samples}" if samples else "")
         record = {
             "what": what,
-            "command": f"python -m trtvlm.scripts.check_lossless {'--engine' if engine else '--model'} {what} "
-            f"--tokens {tokens} --draft-tokens {draft_tokens}",
+            "command": f"python -m trtvlm.scripts.check_lossless {which} {what} {options}",
             **{name: round(value, 1) if isinstance(value, float) else value for name, value in asdict(total).items()},
             "accepted_per_step": round(total.accepted_per_step, 3),
             "speedup": round(total.speedup, 3),
+            "sampled": asdict(sampled) if sampled else None,
             **_environment(device),
         }
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if total.tokens < tokens:
         click.echo(f"The pages held only {total.tokens} of the {tokens} tokens asked for.", err=True)
-    if total.mismatches or total.tokens < tokens:
+    if total.mismatches or total.tokens < tokens or (sampled and min(sampled.p_values) < LEAST_P):
         sys.exit(1)
 
 
 def _environment(device: str) -> dict[str, Any]:
-    import torch
-
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from PIL import Image
 
 from tests.tiny import tiny_checkpoint
 from trtvlm.runtime.engine import open_model
+from trtvlm.runtime.sampling import Sampler
 from trtvlm.runtime.session import Session
 from trtvlm.runtime.torch_executor import TorchExecutor
-from trtvlm.scripts.check_lossless import compare
+from trtvlm.scripts.check_lossless import SampledComparison, compare, compare_sampled, two_sample_p
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,44 @@ def test_a_difference_is_found(model: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert mismatch["page"] == "0"
     assert mismatch["position"] == 1
     assert mismatch["plain"] != mismatch["speculative"]
+
+
+def sampled(model: str, tmp_path: Path) -> SampledComparison:
+    draft = tiny_checkpoint(tmp_path / "draft", "mha", seed=4)
+    _, image = next(pages())
+    engine = open_model(model, draft=str(draft))
+    return compare_sampled(engine, image, 300, temperature=0.4, top_p=0.9, draft_tokens=3)
+
+
+def test_sampled_tokens_of_a_model_pair(model: str, tmp_path: Path) -> None:
+    """Executors and all; the exact distributions are in test_sampling."""
+    result = sampled(model, tmp_path)
+    assert min(result.p_values) > 1e-3
+    assert min(result.kinds) > 2
+
+
+def test_a_careless_sampler_is_found(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that keeps whatever the draft says."""
+
+    def careless(self: Sampler, drafted: list[int], _: object, logits: torch.Tensor) -> list[int]:
+        return [*drafted, self.choose(logits[-1])[0]]
+
+    monkeypatch.setattr(Sampler, "accept", careless)
+    result = sampled(model, tmp_path)
+    assert result.p_values[0] > 1e-3  # the prefill's token is not speculated
+    assert result.p_values[1] < 1e-6
+
+
+def test_the_two_sample_test() -> None:
+    assert two_sample_p(Counter({1: 500, 2: 500}), Counter({1: 510, 2: 490})) > 0.1
+    assert two_sample_p(Counter({1: 500, 2: 500}), Counter({1: 1000, 2: 1000})) == pytest.approx(1)
+    assert two_sample_p(Counter({1: 500, 2: 500}), Counter({1: 600, 2: 400})) < 1e-4
+    assert two_sample_p(Counter({1: 500}), Counter({1: 500})) == 1
+    # Two by two cells: the statistic of the usual contingency table.
+    table = [[120, 80], [90, 110]]
+    n, rows, columns = 400, [200, 200], [210, 190]
+    usual = sum(
+        (table[i][j] - rows[i] * columns[j] / n) ** 2 / (rows[i] * columns[j] / n) for i in (0, 1) for j in (0, 1)
+    )
+    p = two_sample_p(Counter({1: 120, 2: 80}), Counter({1: 90, 2: 110}))
+    assert p == pytest.approx(math.erfc(math.sqrt(usual / 2)))  # one degree of freedom

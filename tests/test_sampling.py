@@ -96,7 +96,7 @@ def test_disjoint_distributions_are_always_refused() -> None:
 
 
 SETTINGS = [(1.0, 1.0), (0.5, 1.0), (1.5, 0.8)]
-SAMPLES = 4000
+SAMPLES = 3000
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), SETTINGS)
@@ -123,7 +123,7 @@ def test_speculation_keeps_the_distribution(temperature: float, top_p: float, no
     for _ in range(SAMPLES):
         target, draft = ToyDecoder(target_model), ToyDecoder(draft_model)
         out: list[int] = []
-        for step in speculate(target, draft, 1, sampler, max_tokens=5, draft_tokens=2):
+        for step in speculate(target, draft, 1, sampler, max_tokens=count, draft_tokens=2):
             out += step.tokens
         seen[tuple(out[:count])] += 1
     assert chi_square_p(seen.sum((1, 2)), exact.sum((1, 2))) > 1e-3
