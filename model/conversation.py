@@ -12,6 +12,8 @@ USER: Final = "<|User|>"
 ASSISTANT: Final = "<|Assistant|>"
 IMAGE: Final = "<image>"
 
+DEFAULT_PROMPT: Final = "Read the text in the image."
+
 _ROLES = {
     USER: USER,
     "user": USER,

@@ -16,15 +16,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from trtvlm.model.config import ModelConfig
-from trtvlm.model.conversation import ASSISTANT, IMAGE, USER, Message, Turn, render, user_turn
+from trtvlm.model.conversation import ASSISTANT, DEFAULT_PROMPT, IMAGE, USER, Message, Turn, render, user_turn
 from trtvlm.model.errors import UserError
 from trtvlm.model.images import MAX_PIXELS, ImageSource, load_image
 from trtvlm.model.inputs import IGNORE_ID, BatchInputs, ImageView, ModelInputs, join
 from trtvlm.model.tiling import Size, best_resolution, cut_views
 
 __all__ = ["DEFAULT_PROMPT", "BatchInputs", "ImageView", "ModelInputs", "Processor", "load_image"]
-
-DEFAULT_PROMPT: Final = "Read the text in the image."
 
 # A conversation with more images than this has none of them cut into tiles.
 MAX_TILED_IMAGES: Final = 2
