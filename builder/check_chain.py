@@ -1,6 +1,7 @@
 """The whole chain on the CPU, onnxruntime for segments and reference operators between, against the language model."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from trtvlm.builder.chain import Chain, EngineStep, OperatorStep
 from trtvlm.builder.check_onnx import OnnxRunner, difference, widened
 from trtvlm.builder.export import GraphError
-from trtvlm.model.cache import HeadCache, KVCache, LatentCache
-from trtvlm.model.language import LanguageModel
+from trtvlm.model.attention import MultiHeadLatentAttention
+from trtvlm.model.cache import KVCache, LatentCache
+from trtvlm.model.language import DecoderLayer, LanguageModel
 from trtvlm.model.moe import MoE
 from trtvlm.plugins.gqa_attention.reference import gqa_attention
 from trtvlm.plugins.int4_moe.module import Int4MoE
@@ -48,10 +50,10 @@ class ReferenceOperators:
     """The plugins' reference operators over a packed language model, in one dtype, with empty caches of their own."""
 
     def __init__(self, language: LanguageModel, dtype: torch.dtype, longest: int) -> None:
-        cache = KVCache(language.config, 1, longest, dtype)
-        self._caches = cache.layers
-        self._attentions = [layer.self_attn for layer in language.model.layers]
-        self._experts = [_in_dtype(layer.mlp, dtype) for layer in language.model.layers]
+        self._caches = KVCache(language.config, 1, longest, dtype).layers
+        self._layers = [layer for layer in language.model.layers if isinstance(layer, DecoderLayer)]
+        # Packed experts stay as they are: their operators take the activation's dtype.
+        self._experts = [copy.deepcopy(x.mlp).to(dtype) if isinstance(x.mlp, MoE) else x.mlp for x in self._layers]
 
     def __call__(self, step: OperatorStep, inputs: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
         """Run `step` for rows at positions `start`, `start` + 1, ...: inputs by name -> outputs by name."""
@@ -61,24 +63,29 @@ class ReferenceOperators:
         cache, cursor = self._caches[step.layer], torch.tensor([start])
         common = (step.attributes[name] for name in ("heads", "scale", "rope_theta"))
         if isinstance(cache, LatentCache):
-            weight = self._attentions[step.layer].kv_b_proj.weight
+            attention = self._layers[step.layer].self_attn
+            assert isinstance(attention, MultiHeadLatentAttention)
+            weight = attention.kv_b_proj.weight
             parts = inputs["q"], inputs["latent"], inputs["k_pe"], weight, cache.latent[0], cache.k_pe[0]
             return {output: mla_attention(*parts, cursor, *common)}
-        assert isinstance(cache, HeadCache)
         heads = inputs["q"], inputs["k"], inputs["v"], cache.k[0], cache.v[0]
         return {output: gqa_attention(*heads, cursor, *common)}
 
 
 def after_router(experts: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
-    """An experts layer from its input [rows, hidden] and its router's logits float32 [rows, experts] -> [rows, hidden]."""
+    """A MoE layer from its input [rows, hidden] and its router's logits float32 [rows, experts] -> [rows, hidden]."""
     if isinstance(experts, Int4MoE):
-        layer = experts
-        weights = Int4MLP(layer.fc, layer.fc_scales, layer.proj, layer.proj_scales, layer.fc_pre, layer.proj_pre)
-        shared = None
-        if layer.shared_fc is not None:
-            parts = layer.shared_fc, layer.shared_fc_scales, layer.shared_proj, layer.shared_proj_scales
-            shared = Int4MLP(*parts, layer.shared_fc_pre, layer.shared_proj_pre)
-        return int4_moe(x, logits, weights, layer.routing, shared, layer.correction_bias)
+        held = dict(experts.named_buffers())
+        parts = [field.name for field in dataclasses.fields(Int4MLP)]
+        routed, shared = ({part: held.get(prefix + part) for part in parts} for prefix in ("", "shared_"))
+        return int4_moe(
+            x,
+            logits,
+            Int4MLP(**routed),  # type: ignore[arg-type]
+            experts.routing,
+            Int4MLP(**shared) if shared["fc"] is not None else None,  # type: ignore[arg-type]
+            experts.correction_bias,
+        )
     assert isinstance(experts, MoE)
     index, weight = experts.gate.choose(logits.sigmoid() if experts.gate.sigmoid else logits.softmax(-1))
     total = torch.zeros_like(x, dtype=torch.float32)
@@ -87,7 +94,9 @@ def after_router(experts: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
         if rows.numel():
             total.index_add_(0, rows, expert(x[rows]).float() * weight[rows, slot].unsqueeze(-1))
     out = total.to(x.dtype)
-    return out + experts.shared_experts(x) if hasattr(experts, "shared_experts") else out
+    if hasattr(experts, "shared_experts"):
+        out = out + experts.shared_experts(x)
+    return out
 
 
 class ChainRunner:
@@ -124,9 +133,9 @@ def check_chain(
 ) -> ChainDifference:
     """Run the whole chain, a prefill and decodes of several widths with a rollback, against `language` in float32.
 
-    `packed` holds the operators' weights; `language` the same weights as a float32 model. First every graph is widened
-    to float32 and every row must agree within `exact`, which finds any tensor wired wrongly; then as compiled, where
-    the median row must agree within `rounded`. Raises GraphError naming the part.
+    `packed` is the model that was cut, with the operators' weights; `language` the same one in float32. First every
+    graph is widened to float32 and every row must agree within `exact`, which finds any tensor wired wrongly; then as
+    compiled, where the median row must agree within `rounded`. Raises GraphError naming the part.
     """
     width, longest = chain.profiles["decode"][2], chain.profiles["prefill"][2]
     prefill = max(1, min(24, longest - width - 1))
@@ -162,9 +171,5 @@ def check_chain(
 
 
 def _rows_rel_l2(found: Tensor, expected: Tensor) -> Tensor:
-    return (found - expected).double().norm(dim=-1) / expected.double().norm(dim=-1)
-
-
-def _in_dtype(experts: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Float experts in `dtype`; packed ones as they are, since their operators take the activation's dtype."""
-    return copy.deepcopy(experts).to(dtype) if isinstance(experts, MoE) else experts
+    errors: Tensor = (found - expected).double().norm(dim=-1) / expected.double().norm(dim=-1)
+    return errors

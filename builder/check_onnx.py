@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
 
 # Relative L2 error allowed between two float32 evaluations of one graph. Each sum of K products carries about
-# sqrt(K) * 2^-24; K up to 12288 and some tens of layers give 1e-4 at the very most, and measured graphs stay under 5e-6.
+# sqrt(K) * 2^-24; K up to 12288 and some tens of layers give 1e-4 at the very most; measured graphs stay under 5e-6.
 EXACT = 1e-4
 
 # Relative L2 error allowed for the float16 graph. Every stored activation is rounded by up to 2^-11 (5e-4), and
@@ -82,8 +82,8 @@ def check_graph(
 ) -> Difference:
     """Compare `model` with `module` on every batch of inputs -> the compiled graph's largest difference.
 
-    Inputs are given in the graph's own types; `module` returns a tensor or a tuple in the order of the graph's outputs.
-    Raises GraphError naming the graph, the output and the error when one is over `exact` (float32) or `rounded` (as is).
+    Inputs are in the graph's own types; `module` returns a tensor or a tuple in the order of the graph's outputs.
+    Raises GraphError naming the graph, the output and the error when it is over `exact` (float32) or `rounded`.
     """
     reference = copy.deepcopy(module).float().eval()
     wide, narrow = OnnxRunner(name, widened(model)), OnnxRunner(name, model)

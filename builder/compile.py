@@ -45,7 +45,7 @@ _MAGIC = b"vtrt"
 
 
 def supported_sms() -> tuple[int, ...]:
-    """The compute capabilities the installed TensorRT-RTX builds for, as 75, 80, 86 ...; UserError when not installed."""
+    """The compute capabilities the installed TensorRT-RTX builds for, as 75, 86 ...; UserError when not installed."""
     members = _tensorrt().ComputeCapability.__members__
     return tuple(sorted(int(name[2:]) for name in members if name.startswith("SM") and name[2:].isdigit()))
 
@@ -128,7 +128,7 @@ def _add_profile(name: str, number: int, profile: Profile, builder: Any, network
                 continue
             if dimension not in profile:
                 raise GraphError(
-                    f"Profile {number} of the graph '{name}' has no range for dimension '{dimension}' of '{tensor.name}'."
+                    f"Profile {number} of the graph '{name}' has no range for '{dimension}' of '{tensor.name}'."
                 )
             used.add(dimension)
             bounds.append(profile[dimension])
@@ -150,7 +150,7 @@ def _tensorrt() -> Any:
         import tensorrt_rtx
     except ImportError as error:
         raise UserError(
-            f"Engines need TensorRT-RTX, which cannot be imported ({error}); install it with 'pip install tensorrt-rtx'."
+            f"Engines need TensorRT-RTX, which cannot be imported ({error}); do 'pip install tensorrt-rtx'."
         ) from None
     return tensorrt_rtx
 
@@ -159,7 +159,7 @@ def _collector(trt: Any) -> tuple[Any, list[str]]:
     """A TensorRT logger that keeps error messages instead of printing them, and the list it keeps them in."""
     messages: list[str] = []
 
-    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

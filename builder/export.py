@@ -50,8 +50,9 @@ def export_onnx(
 ) -> "onnx.ModelProto":
     """Export `module` called with `inputs`, in that order, as an ONNX graph with the same input and output names.
 
-    The project's own linear operators come out as standard nodes. Dimension 0 of every input is the one dynamic dimension, called `dynamic`, 1..`largest`; the example inputs need at
-    least 2 there, because torch.export treats 0 and 1 as constants. Raises GraphError naming the graph.
+    The project's own linear operators come out as standard nodes. Dimension 0 of every input is the one dynamic
+    dimension, called `dynamic`, 1..`largest`; the example inputs need at least 2 there, because torch.export treats 0
+    and 1 as constants. Raises GraphError naming the graph.
     """
     from trtvlm.plugins.onnx_table import custom_translation_table, standardise
 

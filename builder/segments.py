@@ -5,13 +5,14 @@ comes after: an attention operator, an experts operator, or the logits. Rows are
 Attention over the cache and the experts are never in a segment: the operators in `trtvlm.plugins` do those.
 """
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trtvlm.model.attention import MultiHeadAttention, MultiHeadLatentAttention
 from trtvlm.model.language import DecoderLayer
 from trtvlm.model.moe import MoE
 from trtvlm.model.norm import RMSNorm
+from trtvlm.plugins.int4_moe.module import Int4MoE
 
 
 class Norm(nn.Module):
@@ -23,7 +24,7 @@ class Norm(nn.Module):
         self.eps = norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [rows, width] -> the same; normalised in float32 whatever the type."""
+        """X [rows, width] -> the same; normalised in float32 whatever the type."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -71,7 +72,7 @@ class DenseMLP(nn.Module):
         self.mlp = layer.mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [rows, hidden] -> the same."""
+        """X [rows, hidden] -> the same."""
         out: Tensor = x + self.mlp(self.norm(x))
         return out
 
@@ -99,7 +100,7 @@ class LatentAttentionIn(nn.Module):
         self.sizes = (attention.rank, attention.rope)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, hidden] -> q [rows, heads * (nope + rope)], latent [rows, rank], k_pe [rows, rope]."""
+        """X [rows, hidden] -> q [rows, heads * (nope + rope)], latent [rows, rank], k_pe [rows, rope]."""
         normed = self.norm(x)
         q = self.q_proj(self.q_a_norm(self.q_a_proj(normed)) if self.low_rank else normed)
         latent, k_pe = self.kv_a_proj(normed).split(self.sizes, dim=-1)
@@ -119,7 +120,7 @@ class HeadAttentionIn(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, hidden] -> q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim]."""
+        """X [rows, hidden] -> q [rows, heads * head_dim], k and v [rows, kv_heads * head_dim]."""
         normed = self.norm(x)
         return self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
 
@@ -134,12 +135,13 @@ class ExpertsIn(nn.Module):
         super().__init__()
         self.norm = Norm(layer.post_attention_layernorm)
         experts = layer.mlp
+        assert isinstance(experts, (MoE, Int4MoE))
         router = experts.gate.weight if isinstance(experts, MoE) else experts.router
         # float32 whatever the model's type, as the official gate computes it.
         self.register_buffer("router", router.detach().float())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [rows, hidden] -> normed [rows, hidden], router logits float32 [rows, experts]."""
+        """X [rows, hidden] -> normed [rows, hidden], router logits float32 [rows, experts]."""
         normed = self.norm(x)
         return normed, F.linear(normed.float(), self.router)
 
@@ -155,7 +157,7 @@ class Head(nn.Module):
         self.lm_head = lm_head
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """x [rows, hidden] -> logits float32 [rows, vocab]."""
+        """X [rows, hidden] -> logits float32 [rows, vocab]."""
         return (self.lm_head(self.norm(x)).float(),)
 
 
