@@ -13,10 +13,19 @@ from trtvlm.model.errors import UserError
 # Command -> its line in `trtvlm --help`. The lines stand here so that the help imports no command; each command is the
 # click object `command` of scripts/commands/<name>.py, a dash in its name being an underscore in the file's.
 COMMANDS = {
-    "build": "Quantize a checkpoint and compile it into an engine directory.",
+    "build": "Turn a checkpoint into an engine directory.",
     "generate": "Read images and print what they say, as it is decoded.",
     "draft-train": "Distil a draft from a target, on the target's own answers.",
-    "serve": "Answer OpenAI-style requests over HTTP.",
+    "serve": "Answer OpenAI-style requests over HTTP, one after the other.",
+}
+# Modules that come with an extra of the package.
+EXTRAS = {
+    "accelerate": "train",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -55,6 +64,11 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             raise Failure(str(error)) from error
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            raise Failure(f"{error.name} is not installed: run `pip install 'trtvlm[{extra}]'`.") from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
