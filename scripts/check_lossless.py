@@ -234,9 +234,12 @@ def main(
                 f"sampled token {position}: {kinds} different ones in 2 x {samples} runs, chi-square p = {p:.3f}"
             )
     if output is not None:
-        what = Path(engine).name if engine is not None else model
+        what = opened.name if engine is not None else Path(str(model)).name  # folders of this machine say nothing
         which = "--engine" if engine is not None else "--model"
-        options = f"--tokens {tokens} --draft-tokens {draft_tokens}" + (f" --samples {samples}" if samples else "")
+        drafted = f"--draft {Path(draft).name} " if draft is not None else ""
+        options = f"{drafted}--tokens {tokens} --draft-tokens {draft_tokens}" + (
+            f" --samples {samples}" if samples else ""
+        )
         record = {
             "what": what,
             "command": f"python -m trtvlm.scripts.check_lossless {which} {what} {options}",
