@@ -43,8 +43,8 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-        BeforeValidator(_parts),
         Field(max_length=256, fail_fast=True),
+        BeforeValidator(_parts),
     ] = []
     tool_calls: Annotated[list[Any] | None, Field(max_length=0)] = None
     function_call: None = None
@@ -74,8 +74,8 @@ class ChatRequest(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]] | None,
-        BeforeValidator(_several),
         Field(max_length=16),
+        BeforeValidator(_several),
     ] = None
 
     @property
