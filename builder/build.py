@@ -27,7 +27,16 @@ from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, Kind, layout, lin
 Progress = Callable[[str, str], None]
 """Called with a part ("target", "draft", "engines", "accuracy") and what is being done for it now."""
 
-_PACKAGES = ("torch", "nvidia-modelopt", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "safetensors", "tokenizers")
+_PACKAGES = (
+    "torch",
+    "nvidia-modelopt",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt-rtx",
+    "safetensors",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,13 @@ class Part:
     config: ModelConfig
 
 
-def build(model: str, output: Path, settings: BuildSettings, draft: str | None = None, progress: Progress = lambda part, what: None) -> dict[str, Any]:
+def build(
+    model: str,
+    output: Path,
+    settings: BuildSettings,
+    draft: str | None = None,
+    progress: Progress = lambda part, what: None,
+) -> dict[str, Any]:
     """Build `output` and return its report. Raises UserError; `output` then is what it was before."""
     parts = plan(model, output, settings, draft)
     started = time.monotonic()
@@ -171,8 +186,14 @@ def _check_pair(target: Part, draft: Part) -> None:
             "tokens; train one with `trtvlm draft-train --target " + target.name + "`."
         )
     ours, theirs = target.config, draft.config
-    if (ours.tile_size, ours.view_tokens_side, ours.candidate_resolutions) != (theirs.tile_size, theirs.view_tokens_side, theirs.candidate_resolutions):
-        raise UserError(f"The draft {draft.name} cuts images differently from the target {target.name}; use a draft made for it.")
+    if (ours.tile_size, ours.view_tokens_side, ours.candidate_resolutions) != (
+        theirs.tile_size,
+        theirs.view_tokens_side,
+        theirs.candidate_resolutions,
+    ):
+        raise UserError(
+            f"The draft {draft.name} cuts images differently from the target {target.name}; use a draft made for it."
+        )
 
 
 def _vocabulary(folder: Path) -> Any:

@@ -74,10 +74,14 @@ class EngineDir:
         """Read config.json. Raises UserError when this is no engine directory, or one of another version."""
         config = _read_json(self.config_file)
         if not isinstance(config.get("pretrained_config"), dict) or not isinstance(config.get("build_config"), dict):
-            raise UserError(f"{self.path} is not an engine directory: its config.json has no pretrained_config; run `trtvlm build`.")
+            raise UserError(
+                f"{self.path} is not an engine directory: its config.json has no pretrained_config; run `trtvlm build`."
+            )
         version = config.get("trtvlm", {}).get("format_version")
         if version != FORMAT_VERSION:
-            raise UserError(f"{self.path} has format version {version}, but this trtvlm reads {FORMAT_VERSION}: build it again.")
+            raise UserError(
+                f"{self.path} has format version {version}, but this trtvlm reads {FORMAT_VERSION}: build it again."
+            )
         return config
 
     def model_config(self) -> ModelConfig:
@@ -93,7 +97,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"There is no {path.name} in {path.parent}: give a directory that `trtvlm build` made.") from None
+        raise UserError(
+            f"There is no {path.name} in {path.parent}: give a directory that `trtvlm build` made."
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): build the engine again.") from None
     if not isinstance(raw, dict):
@@ -108,9 +114,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`, by its path relative to it, sorted."""
-    return {
-        path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _sha256(path: Path) -> str:
@@ -133,7 +137,9 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): give an output in a folder you may write.") from None
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give an output in a folder you may write."
+        ) from None
     try:
         temporary.chmod(0o755)
         yield temporary

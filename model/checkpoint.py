@@ -72,7 +72,7 @@ class CheckpointReader:
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._files = {str(name): self.folder / str(shard) for name, shard in weight_map.items()}
-            except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{index} is not a valid safetensors index; download it again.") from None
             self._check_shards()
         elif (self.folder / WEIGHTS).exists():

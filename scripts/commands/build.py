@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     help="How linear layers are stored: 16 bit, 8-bit weights, or 4-bit weights with AWQ scales in groups of 64.",
 )
 @click.option("--sm", type=int, default=86, show_default=True, help="Compute capability to compile for (86: RTX 3090).")
-@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="The new engine directory.")
+@click.option(
+    "--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="The new engine directory."
+)
 @click.option("--draft", metavar="MODEL", help="The draft that speculates for it. A bundled model brings its own.")
 @click.option(
     "--lm-head",
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     '{"image", "prompt", "answer"} objects, one a line. By default the project\'s own pages.',
 )
 @click.option("--calibration-samples", metavar="N", type=click.IntRange(min=1), default=48, show_default=True)
-@click.option("--max-seq-len", metavar="N", type=click.IntRange(min=16), help="Positions of the cache. By default the model's.")
+@click.option(
+    "--max-seq-len", metavar="N", type=click.IntRange(min=16), help="Positions of the cache. By default the model's."
+)
 @click.option(
     "--max-draft-len",
     metavar="K",
@@ -67,7 +71,7 @@ def command(
     dry_run: bool,
     **rest: Any,
 ) -> None:
-    r"""Turn a checkpoint into an engine directory.
+    """Turn a checkpoint into an engine directory.
 
     Quantizes one decoder layer at a time, exports the vision tower and the language model to ONNX, checks every graph
     against PyTorch, and compiles engines with TensorRT-RTX. Needs no GPU. An interrupted build leaves nothing behind.
@@ -90,7 +94,9 @@ def command(
     if dry_run:
         parts = plan(model, output, settings, draft)
         console.print(_planned(planned_sizes(parts, settings)))
-        console.print(f"{output} would be built for SM {sm} from {', '.join(part.name for part in parts)}; nothing was written.")
+        console.print(
+            f"{output} would be built for SM {sm} from {', '.join(part.name for part in parts)}; nothing was written."
+        )
         return
     with console.status("Building") as status:
 
@@ -119,9 +125,19 @@ def _planned(sizes: dict[str, dict[str, int]]) -> Table:
 def _built(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Quantized ({report['quant']}, LM head {report['lm_head']}), against the float model on held-out pages")
+    table = Table(
+        title=f"Quantized ({report['quant']}, LM head {report['lm_head']}), against the float model on held-out pages"
+    )
     table.add_column("part")
-    for column in ("language", "vision", "same next token", "KL", "CER float", "CER quantized", "fewest tokens of an expert"):
+    for column in (
+        "language",
+        "vision",
+        "same next token",
+        "KL",
+        "CER float",
+        "CER quantized",
+        "fewest tokens of an expert",
+    ):
         table.add_column(column, justify="right")
     for name, part in report["parts"].items():
         accuracy = part.get("accuracy", {})
