@@ -6,7 +6,8 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
-MINUTES ?= 24
+TARGET_MINUTES ?= 24
+DRAFT_MINUTES ?= 12
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
@@ -60,12 +61,19 @@ bench: demo/engine/build_report.json
 		--output benchmarks/lossless-int4.json
 	python -m trtvlm.scripts.check_lossless --model nano --tokens 10000 --output benchmarks/lossless-16bit.json
 
-# Resumes where it was stopped: both trainings keep their state beside their output.
-nano: $(INSTALLED)
+# Stopped and called again, both trainings go on where they were.
+nano: runs/nano/draft/model.safetensors
+	mkdir -p model/nano
+	rm -rf model/nano/target model/nano/draft
+	cp -r runs/nano/target runs/nano/draft model/nano/
+
+runs/nano/target/model.safetensors: | $(INSTALLED)
 	python -m trtvlm.scripts.make_tokenizer
-	python -m trtvlm.scripts.train_nano --output runs/nano --minutes $(MINUTES)
-	trtvlm draft-train --target runs/nano/checkpoint --draft scratch --data pages --output runs/nano-draft \
-		--minutes $(MINUTES) --resume
+	python -m trtvlm.scripts.train_nano --output runs/nano --minutes $(TARGET_MINUTES)
+
+runs/nano/draft/model.safetensors: runs/nano/target/model.safetensors
+	trtvlm draft-train --target runs/nano/target --draft scratch --data pages --output runs/nano/draft \
+		--minutes $(DRAFT_MINUTES) $(if $(wildcard runs/nano/draft.state),--resume)
 
 clean:
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) and plain multi-head attention."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trtvlm.model.cache import HeadCache, LatentCache, LayerCache
@@ -44,8 +44,9 @@ class MultiHeadAttention(nn.Module):
             cache.k[:, :, start:end] = k
             cache.v[:, :, start:end] = v
             k, v = cache.k[:, :, :end], cache.v[:, :, :end]
-        out = _attend(q, k, v, mask, self.head_dim**-0.5)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        attended = _attend(q, k, v, mask, self.head_dim**-0.5)
+        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+        return out
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -77,7 +78,10 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=False)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, hidden] -> q_nope [B, heads, T, nope], rotated q_pe [B, heads, T, rope], latent [B, T, rank], rotated k_pe [B, T, rope]."""
+        """x [B, T, hidden] -> q_nope [B, heads, T, nope], q_pe [B, heads, T, rope], latent [B, T, rank], k_pe.
+
+        q_pe and k_pe [B, T, rope] are rotated.
+        """
         batch, length, _ = x.shape
         cos, sin = rope
         q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -105,10 +109,11 @@ class MultiHeadLatentAttention(nn.Module):
             cache.k_pe[:, start:end] = k_pe
             latent, k_pe = cache.latent[:, :end], cache.k_pe[:, :end]
         if length == 1:
-            out = self.absorbed(q_nope, q_pe, latent, k_pe, mask)
+            attended = self.absorbed(q_nope, q_pe, latent, k_pe, mask)
         else:
-            out = self.expanded(q_nope, q_pe, latent, k_pe, mask)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+            attended = self.expanded(q_nope, q_pe, latent, k_pe, mask)
+        out: Tensor = self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+        return out
 
     def expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over expanded keys and values -> [B, heads, T, v_dim]; latent [B, S, rank], k_pe [B, S, rope]."""

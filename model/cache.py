@@ -10,7 +10,7 @@ from trtvlm.model.config import LanguageConfig
 
 @dataclass
 class LatentCache:
-    """One MLA layer: normalised latent [B, S, kv_lora_rank] and the rotated key part shared by all heads [B, S, rope]."""
+    """One MLA layer: normalised latent [B, S, kv_lora_rank] and the rotated key part all heads share [B, S, rope]."""
 
     latent: Tensor
     k_pe: Tensor

@@ -145,7 +145,7 @@ class ModelConfig:
         return math.ceil(self.vision.grid / self.projector.downsample_ratio)
 
     def image_tokens(self, tiles_w: int, tiles_h: int) -> int:
-        """Image tokens of one image cut in `tiles_w` x `tiles_h` tiles: global view, separator, local grid, newlines."""
+        """Image tokens of one image of `tiles_w` x `tiles_h` tiles: global view, separator, local grid, newlines."""
         side = self.view_tokens_side
         return side * (side + 1) + 1 + side * tiles_h * (side * tiles_w + 1)
 
@@ -214,9 +214,8 @@ def _read(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
     for f in dataclasses.fields(kind):
         if f.name not in values or values[f.name] is None:
             continue
-        expected = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(
-            str(getattr(f.type, "__name__", f.type))
-        )
+        kinds: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+        expected = kinds.get(str(getattr(f.type, "__name__", f.type)))
         value = values[f.name]
         if expected is not None and (
             not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool)
@@ -230,6 +229,7 @@ def _read(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
 def _requirements(config: ModelConfig) -> list[tuple[str, bool, str]]:
     """(key, is it supported, what is supported) for every value that could silently give wrong results."""
     vision, projector, language = config.vision, config.projector, config.language
+    hidden = language.hidden_size
     checks: list[tuple[str, bool, str]] = [
         ("tile_tag", config.tile_tag == "2D", "'2D'"),
         ("global_view_pos", config.global_view_pos in ("head", "tail"), "'head' or 'tail'"),
@@ -241,7 +241,7 @@ def _requirements(config: ModelConfig) -> list[tuple[str, bool, str]]:
         ("projector_config.downsample_ratio", projector.downsample_ratio >= 1, "1 or more"),
         ("projector_config.mlp_ratio", projector.mlp_ratio >= 1, "1 or more"),
         ("projector_config.input_dim", projector.input_dim == vision.width, f"vision_config.width ({vision.width})"),
-        ("projector_config.n_embed", projector.n_embed == language.hidden_size, f"hidden_size ({language.hidden_size})"),
+        ("projector_config.n_embed", projector.n_embed == hidden, f"language_config.hidden_size ({hidden})"),
         ("language_config.hidden_act", language.hidden_act == "silu", "'silu'"),
         ("language_config.rope_scaling", language.rope_scaling is None, "null"),
         ("language_config.attention_bias", not language.attention_bias, "false"),
@@ -250,30 +250,32 @@ def _requirements(config: ModelConfig) -> list[tuple[str, bool, str]]:
         ("candidate_resolutions", bool(config.candidate_resolutions), "at least one (width, height)"),
         (
             "candidate_resolutions",
-            all(w > 0 and h > 0 and w % config.tile_size == 0 and h % config.tile_size == 0 for w, h in config.candidate_resolutions),
+            all(side > 0 and side % config.tile_size == 0 for size in config.candidate_resolutions for side in size),
             f"multiples of the image_size ({config.tile_size})",
         ),
     ]  # fmt: skip
     if language.n_routed_experts is not None:
         greedy = language.scoring_func == "softmax" and language.topk_method == "greedy"
         noaux = language.topk_method == "noaux_tc" and language.scoring_func == "sigmoid"
-        top_k, groups = language.num_experts_per_tok, language.n_group or 1
+        top_k, groups = language.num_experts_per_tok or 0, language.n_group or 1
         checks += [
             ("language_config.topk_method", greedy or noaux, "'greedy' with softmax, or 'noaux_tc' with sigmoid"),
-            ("language_config.num_experts_per_tok", top_k is not None and 0 < top_k <= language.n_routed_experts, "1 up to n_routed_experts"),
+            ("language_config.num_experts_per_tok", 0 < top_k <= language.n_routed_experts, "1 up to n_routed_experts"),
             ("language_config.moe_layer_freq", language.moe_layer_freq >= 1, "1 or more"),
             ("language_config.n_group", language.n_routed_experts % groups == 0, "a divisor of n_routed_experts"),
             ("language_config.topk_group", 1 <= (language.topk_group or 1) <= groups, "1 up to n_group"),
         ]  # fmt: skip
     if language.use_mla:
+        rope = language.qk_rope_head_dim
         checks += [
             ("language_config.kv_lora_rank", bool(language.kv_lora_rank), "a positive number when use_mla is true"),
-            ("language_config.qk_rope_head_dim", language.qk_rope_head_dim > 0 and language.qk_rope_head_dim % 2 == 0, "a positive even number"),
+            ("language_config.qk_rope_head_dim", rope > 0 and rope % 2 == 0, "a positive even number"),
             ("language_config.v_head_dim", language.v_head_dim > 0, "a positive number when use_mla is true"),
         ]  # fmt: skip
     else:
+        heads, kv_heads = language.num_attention_heads, language.num_key_value_heads
         checks += [
-            ("language_config.num_attention_heads", language.hidden_size % language.num_attention_heads == 0, "a divisor of hidden_size"),
-            ("language_config.num_key_value_heads", language.num_key_value_heads > 0 and language.num_attention_heads % language.num_key_value_heads == 0, "a divisor of num_attention_heads"),
+            ("language_config.num_attention_heads", hidden % heads == 0, "a divisor of hidden_size"),
+            ("language_config.num_key_value_heads", kv_heads > 0 and heads % kv_heads == 0, "a divisor of the heads"),
         ]  # fmt: skip
     return checks

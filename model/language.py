@@ -26,7 +26,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: LayerCache | None = None, start: int = 0
     ) -> Tensor:
-        """x [B, T, hidden], rope of its positions, mask as `causal_mask`; writes `cache` at `start` -> [B, T, hidden]."""
+        """x [B, T, hidden], its rope, mask as `causal_mask` -> [B, T, hidden]; writes `cache` from `start` on."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -124,6 +124,7 @@ class LanguageModel(nn.Module):
         cos, sin = self.rope(torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0))
         x, losses = inputs_embeds, []
         for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
             x, balance = layer.forward_train(x, cos, sin)
             losses.append(balance)
         experts = max(1, sum(self.config.is_moe(index) for index in range(self.config.num_hidden_layers)))

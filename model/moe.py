@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trtvlm.model.config import LanguageConfig
@@ -29,7 +29,8 @@ class Router(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        assert config.n_routed_experts is not None and config.num_experts_per_tok is not None
+        assert config.n_routed_experts is not None
+        assert config.num_experts_per_tok is not None
         self.top_k = config.num_experts_per_tok
         self.sigmoid = config.scoring_func == "sigmoid"
         self.normalise = config.norm_topk_prob
@@ -48,8 +49,8 @@ class Router(nn.Module):
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, experts] -> expert indices int64 [N, k] and weights float32 [N, k].
 
-        Without a bias: greedy top-k. With one (noaux_tc, DeepSeek-V3, arXiv 2412.19437): the choice is by score plus bias,
-        the weights are without; groups outside the best are set to 0, not -inf, as the official gate does.
+        Without a bias: greedy top-k. With one (noaux_tc, DeepSeek-V3, arXiv 2412.19437): the choice is by score plus
+        bias, the weights are without; groups outside the best are set to 0, not -inf, as the official gate does.
         """
         if hasattr(self, "e_score_correction_bias"):
             choice = scores + self.e_score_correction_bias.float()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, normalised in float32 and cast back before the weight."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; float32 inside, cast back before the weight."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

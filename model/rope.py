@@ -22,6 +22,6 @@ def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_adjacent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (2i, 2i + 1) of the last dimension; the result stays in half-split order, as the official cache holds it."""
+    """Rotate pairs (2i, 2i + 1) of the last dimension: the result is in half-split order, as in the official cache."""
     de_interleaved = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
     return rotate_half_split(de_interleaved, cos, sin)

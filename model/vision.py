@@ -1,7 +1,7 @@
 """The SigLIP vision tower (Zhai et al., arXiv 2303.15343) and the projector to the language model's width."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trtvlm.model.config import ProjectorConfig, VisionConfig

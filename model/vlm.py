@@ -37,7 +37,7 @@ class DeepseekVL2(nn.Module):
         return self.batch_image_embeds(features.unsqueeze(0), tiles)[0]
 
     def batch_image_embeds(self, features: Tensor, tiles: tuple[int, int]) -> Tensor:
-        """`image_embeds` of a batch of images cut alike: [B, 1 + tw * th, h * h, hidden] -> [B, image tokens, hidden]."""
+        """`image_embeds` of images cut alike: [B, 1 + tw * th, h * h, hidden] -> [B, image tokens, hidden]."""
         side, (wide, high) = self.config.view_tokens_side, tiles
         batch, hidden = features.shape[0], features.shape[-1]
         newline = self.image_newline.to(features.dtype).expand(batch, 1, 1, hidden)
@@ -101,7 +101,7 @@ class DeepseekVL2(nn.Module):
         eos_token_id: int | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """The reference loop: prefill, then one token a step -> new token ids [B, <= max_new_tokens], the stop token included.
+        """The reference loop: prefill, then a token a step -> new ids [B, <= max_new_tokens], the stop token included.
 
         inputs_embeds [B, T, hidden], left-padded where attention_mask [B, T] is 0. Rows that end early are filled up
         with the stop token.

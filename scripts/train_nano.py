@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trtvlm.model.checkpoint import CheckpointReader, save_model
@@ -79,7 +79,10 @@ def initialise(model: DeepseekVL2, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 and name not in ("image_newline", "view_seperator"):
-            nn.init.ones_(parameter) if name.endswith("norm.weight") or "norm" in name and name.endswith("weight") else nn.init.zeros_(parameter)
+            if "norm" in name and name.endswith("weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.zeros_(parameter)
             continue
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
         scale = 0.02 if "embed" in name or parameter.dim() < 2 or name.endswith("gate.weight") else 0.7 * fan_in**-0.5
@@ -108,7 +111,9 @@ class Average:
         torch._foreach_lerp_([self.weights[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
 
 
-def loss_of(model: DeepseekVL2, batch: PageBatch, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def loss_of(
+    model: DeepseekVL2, batch: PageBatch, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy over the answers, the routers' balance and the share of tokens predicted right."""
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         pixels = to_float(batch.pixels, dtype)
@@ -169,17 +174,34 @@ def evaluate(model: DeepseekVL2, batches: PageBatches, device: torch.device, cou
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint and the training state.")
-@click.option("--minutes", type=float, default=24.0, show_default=True, help="Training time in all, earlier runs counted in.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint and the training state."
+)
+@click.option(
+    "--minutes", type=float, default=24.0, show_default=True, help="Training time in all, earlier runs counted in."
+)
 @click.option("--workers", type=int, default=15, show_default=True, help="Processes that draw pages.")
 @click.option("--lr", type=float, default=1.5e-3, show_default=True, help="Peak learning rate.")
-@click.option("--init", type=click.Path(path_type=Path), default=None, help="Begin with the weights of this checkpoint.")
+@click.option(
+    "--init", type=click.Path(path_type=Path), default=None, help="Begin with the weights of this checkpoint."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=False, help="Compile the layers with torch.compile.")
 @click.option("--batch-scale", type=float, default=1.0, show_default=True, help="Multiplies the tokens of a batch.")
 @click.option("--max-steps", type=int, default=None, help="Stop after so many steps of this run (for a trial).")
 @click.option("--start-stage", type=int, default=None, help="Begin in this stage of the curriculum (for a trial).")
-def main(output: Path, minutes: float, workers: int, lr: float, init: Path | None, seed: int, compiled: bool, batch_scale: float, max_steps: int | None, start_stage: int | None) -> None:
+def main(
+    output: Path,
+    minutes: float,
+    workers: int,
+    lr: float,
+    init: Path | None,
+    seed: int,
+    compiled: bool,
+    batch_scale: float,
+    max_steps: int | None,
+    start_stage: int | None,
+) -> None:
     """Train, evaluate, save."""
     from dataclasses import replace
 
@@ -216,9 +238,9 @@ def main(output: Path, minutes: float, workers: int, lr: float, init: Path | Non
 
     if compiled:
         for block in model.vision.blocks:
-            block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, dynamic=True)
         for layer in model.language.model.layers:
-            layer.forward_train = torch.compile(layer.forward_train, dynamic=True)  # type: ignore[operator]
+            layer.forward_train = torch.compile(layer.forward_train, dynamic=True)  # type: ignore[arg-type, assignment]
     stages = tuple(replace(s, batch_tokens=int(s.batch_tokens * batch_scale)) for s in CURRICULUM)
     stage = start_stage if start_stage is not None else stage_at(spent / 60 / minutes)
     batches = PageBatches(prompts, seed, epoch, workers, stage, stages)
@@ -254,9 +276,18 @@ def main(output: Path, minutes: float, workers: int, lr: float, init: Path | Non
         if step % 50 == 0:
             means = torch.stack(running).mean(0).tolist()
             elapsed = now - last
-            row = {"step": step, "minutes": round(spent / 60 + (now - last) / 60, 2), "stage": batches.stage,
-                   "loss": round(means[0], 4), "balance": round(means[1], 3), "right": round(means[2], 4), "norm": round(means[3], 3),
-                   "lr": optimizer.param_groups[0]["lr"], "tokens_s": int(seen / elapsed), "pages_s": int(pages / elapsed)}  # fmt: skip
+            row = {
+                "step": step,
+                "minutes": round(spent / 60 + (now - last) / 60, 2),
+                "stage": batches.stage,
+                "loss": round(means[0], 4),
+                "balance": round(means[1], 3),
+                "right": round(means[2], 4),
+                "norm": round(means[3], 3),
+                "lr": optimizer.param_groups[0]["lr"],
+                "tokens_s": int(seen / elapsed),
+                "pages_s": int(pages / elapsed),
+            }
             print(json.dumps(row), file=log, flush=True)
             if step % 200 == 0:
                 print(json.dumps(row), flush=True)
@@ -278,7 +309,7 @@ def main(output: Path, minutes: float, workers: int, lr: float, init: Path | Non
 
         results = {}
         for split in ("train", "heldout"):
-            whole = (Stage(1.0, ((PageSpec(fonts=split), 1.0),), 60_000),)  # type: ignore[arg-type]
+            whole = (Stage(1.0, ((PageSpec(fonts=split), 1.0),), 60_000),)
             results[split] = evaluate(model, PageBatches(prompts, 7_000_001, 0, workers, 0, whole), device, 1000)
             print(split, json.dumps(results[split]), flush=True)
         (output / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The PyTorch model against golden data of the official implementation (tests/golden/official/README.md), in float32."""
+"""The PyTorch model against golden data of the official code (tests/golden/official/README.md), in float32."""
 
 import json
 
@@ -58,7 +58,8 @@ def test_greedy_tokens_are_the_official_ones(variant: tuple[str, DeepseekVL2], n
     tokens = model.generate_greedy(inputs_embeds(model, data), 32)
     assert tokens[0].tolist() == data["greedy_tokens"].tolist()
     record = json.loads((GOLDEN / which / "golden" / f"{name}.json").read_text(encoding="utf-8"))
-    stop = record.get("stop_example", {"eos_token_id": record["greedy_tokens"][3], "tokens": record["greedy_tokens"][:4]})
+    greedy = record["greedy_tokens"]
+    stop = record.get("stop_example", {"eos_token_id": greedy[3], "tokens": greedy[:4]})
     stopped = model.generate_greedy(inputs_embeds(model, data), 32, eos_token_id=stop["eos_token_id"])
     assert stopped[0].tolist() == stop["tokens"]
 
@@ -86,9 +87,9 @@ def test_layer_by_layer(variant: tuple[str, DeepseekVL2]) -> None:
         hook.remove()
     for name, value in seen.items():
         torch.testing.assert_close(value[0], layers[name], atol=2e-4, rtol=0, msg=name)
-    for name, (index, weight) in routing.items():
-        order, expected_order = index.argsort(-1), layers[f"{name}.topk_idx"].argsort(-1)
-        assert torch.equal(index.gather(1, order), layers[f"{name}.topk_idx"].gather(1, expected_order))
+    for name, (chosen, weight) in routing.items():
+        order, expected_order = chosen.argsort(-1), layers[f"{name}.topk_idx"].argsort(-1)
+        assert torch.equal(chosen.gather(1, order), layers[f"{name}.topk_idx"].gather(1, expected_order))
         expected = layers[f"{name}.topk_weight"].gather(1, expected_order)
         torch.testing.assert_close(weight.gather(1, order), expected, atol=2e-5, rtol=0)
     pixels = (data["images_u8"].float() / 255 - 0.5) / 0.5

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from trtvlm.model.vlm import DeepseekVL2
 GOLDEN = Path(__file__).parent / "golden" / "official"
 
 # Every dimension that INT4 groups of 64 divide is a multiple of 64.
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": 544,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -30,8 +31,8 @@ _COMMON = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-_MLA = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-_KINDS = {
+_MLA: dict[str, Any] = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+_KINDS: dict[str, dict[str, Any]] = {
     "mla": _MLA,
     "mha": {"use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0},
     "base": _MLA
@@ -42,12 +43,12 @@ _TILE = 32
 
 
 def tiny_config(kind: str) -> ModelConfig:
-    """A configuration of `kind` "mla" (as Small), "mha" (as Tiny) or "base" (as the 27B: sigmoid routing with a bias)."""
+    """A configuration of `kind` "mla" (as Small), "mha" (as Tiny) or "base" (as the 27B: sigmoid routing, a bias)."""
     grids = [(w, h) for w in range(1, 5) for h in range(1, 5)]
     return ModelConfig(
         vision=VisionConfig(image_size=_TILE, patch_size=8, width=64, layers=2, heads=2, mlp_ratio=2.0),
         projector=ProjectorConfig(input_dim=64, n_embed=64),
-        language=LanguageConfig(**(_COMMON | _KINDS[kind])),  # type: ignore[arg-type]
+        language=LanguageConfig(**_COMMON, **_KINDS[kind]),
         candidate_resolutions=tuple(
             (w * _TILE, h * _TILE) for w, h in sorted(grids, key=lambda grid: grid[0] * grid[1])
         ),
