@@ -31,7 +31,7 @@ def bundled_samples(split: str, limit: int) -> list[Sample]:
     """The first `limit` of the project's own pages of a split ("calibration", "heldout", "heldout_fonts", "real")."""
     from trtvlm.model.pages.samples import load_samples
 
-    return [Sample(page.image, answer=page.text) for page in load_samples(split, limit)]  # type: ignore[arg-type]
+    return [Sample(page.image, answer=page.text) for page in load_samples(split, limit)]
 
 
 def read_samples(source: str | Path, limit: int) -> list[Sample]:

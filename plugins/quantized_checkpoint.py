@@ -170,7 +170,7 @@ class QuantizedReader:
     def get(self, name: str) -> Tensor:
         """One tensor. Raises UserError naming it when it is missing or not as config.json says."""
         try:
-            tensor: Tensor = self.file.get_tensor(name)
+            tensor: Tensor = self.file.get_tensor(name)  # type: ignore[no-untyped-call]
         except SafetensorError:
             raise UserError(f"{self.path} has no whole tensor {name}: build the engine again.") from None
         dtype, shape = self.layout[name]

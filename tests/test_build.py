@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_checkpoint
 from trtvlm.builder.build import BuildSettings, plan, planned_sizes
+from trtvlm.builder.trtllm_config import BuildConfig
 from trtvlm.model.artifacts import EngineDir, digests
 from trtvlm.scripts.cli import cli
 
@@ -123,7 +124,5 @@ def test_a_folder_that_cannot_be_written(pair: tuple[Path, Path], tmp_path: Path
     refused(build("--model", pair[0], "--output", tmp_path / "out", *QUICK), "cannot be written")
 
 
-def _limits():  # type: ignore[no-untyped-def]
-    from trtvlm.builder.trtllm_config import BuildConfig
-
+def _limits() -> BuildConfig:
     return BuildConfig(max_seq_len=1024)

@@ -16,7 +16,7 @@ from trtvlm.model.errors import UserError
 def _shard(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(2):
         names = sorted(tensors)[number::2]
         save_file({name: tensors[name] for name in names}, folder / f"part{number}.safetensors")
