@@ -26,6 +26,7 @@ class _Bag(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights.values())
         with torch.no_grad():
             for layer, weight in zip(self.layers, weights.values(), strict=True):
+                assert isinstance(layer, nn.Linear)
                 layer.weight.copy_(weight)
 
 

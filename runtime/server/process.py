@@ -86,7 +86,7 @@ def serve(
     server.run(sockets=[sock])
     if service.failure is not None:
         raise service.failure
-    service.queue.stop(LAST_WORDS)
+    service.queue.stop(timeout=0.5)
     if service.busy():
         # A thread deep in native code cannot be stopped, and pulling the interpreter from under it may crash.
         sys.stdout.flush()
@@ -98,7 +98,11 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket. UserError: no such address, or the port is taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        sock = socket.create_server((host, port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"Cannot listen on {host} port {port} ({reason}): choose another --host or --port.") from None
+    # Connections inherit it. asyncio sets it only on sockets made with an explicit protocol, which this one is not; and
+    # without it every small answer waits 40 ms for the client's delayed acknowledgement.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
