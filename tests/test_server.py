@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from trtvlm.runtime.server.service import Service
 
 CHAT = "/v1/chat/completions"
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LIMITS = Limits(body_bytes=300_000, pixels=10_000, images=3, messages=8, tokens=50, characters=1000)
 
 
@@ -92,10 +94,7 @@ class Api:
         """A request over a bare socket, whose end can be dropped."""
         sock = socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), timeout=PATIENCE)
         content = json.dumps(body(prompt, **fields)).encode()
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-        )
-        sock.sendall(head.encode() + b"\r\n" + content)
+        sock.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         return sock
 
     def idle(self) -> bool:
@@ -368,11 +367,7 @@ def test_wrong_images(api: Api, url: str, word: str) -> None:
 def test_a_decompression_bomb(api: Api) -> None:
     bomb = bytearray(png())
     bomb[16:24] = (2**31 - 1).to_bytes(4, "big") * 2
-    with Image.open(io.BytesIO(png())) as image:  # the header's checksum must fit, or it is merely damaged
-        assert image.format == "PNG"
-    import zlib
-
-    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")  # else it would be merely damaged
     response = api.chat([image_part(data_uri(bytes(bomb)))])
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "image_too_large"
@@ -443,8 +438,7 @@ def test_a_body_too_large(api: Api, chunked: bool) -> None:
 def test_a_body_that_does_not_come() -> None:
     with served(limits=Limits(upload=0.1)) as api:
         with socket.create_connection(("127.0.0.1", int(api.url.rpartition(":")[2])), timeout=PATIENCE) as sock:
-            sock.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
-            sock.sendall(b"Content-Length: 100\r\n\r\n{")
+            sock.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
             assert b" 408 " in sock.recv(4096).splitlines()[0]
         until(api.idle)
         assert api.metric(f'trtvlm_requests_total{{path="{CHAT}",status="408"}}') == 1
@@ -493,6 +487,7 @@ def test_no_bytes_break_the_server(shared: Api, content: bytes) -> None:
     assert shared.http.post(CHAT, content=content, headers=HEADER_ONLY).status_code == 400
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about what it makes of the damage
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     at=st.integers(0, 200),
@@ -531,12 +526,12 @@ def test_a_failure_in_a_stream(api: Api) -> None:
     assert done == "[DONE]"
 
 
-@pytest.mark.parametrize(("prompt", "word"), [("hold x", "was not finished"), ("begin x", "was not finished")])
-def test_a_request_that_takes_too_long(prompt: str, word: str) -> None:
+@pytest.mark.parametrize("prompt", ["hold x", "begin x"])
+def test_a_request_that_takes_too_long(prompt: str) -> None:
     with served(limits=Limits(request=0.1)) as api:
         response = api.chat(prompt)
         assert response.status_code == 504
-        assert word in response.json()["error"]["message"]
+        assert "was not finished" in response.json()["error"]["message"]
         until(api.idle)
         assert api.model.ended == [prompt]
         assert api.chat().status_code == 200
@@ -630,8 +625,7 @@ def test_a_client_that_leaves_its_answer_ends_it(stream: bool) -> None:
 def test_a_client_that_leaves_its_upload() -> None:
     with served() as api:
         sock = socket.create_connection(("127.0.0.1", int(api.url.rpartition(":")[2])), timeout=PATIENCE)
-        sock.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode())
-        sock.sendall(b"Content-Length: 100\r\n\r\n{")
+        sock.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
         until(lambda: api.service.uploads == 1)
         sock.close()
         until(lambda: api.service.in_flight == 0)
@@ -721,6 +715,13 @@ def test_a_second_server_counts_for_itself() -> None:
 
 def test_defaults_belong_together() -> None:
     assert Limits.pixels == MAX_PIXELS
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_ports_that_cannot_be_had() -> None:
