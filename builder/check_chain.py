@@ -54,9 +54,12 @@ class ReferenceOperators:
         """Float experts are rounded to float16 in `language` already: in float32 they are taken from `exact`."""
         self._caches = KVCache(language.config, 1, longest, dtype).layers
         self._layers = [layer for layer in language.model.layers if isinstance(layer, DecoderLayer)]
-        floats = [layer.mlp for layer in (exact if dtype == torch.float32 else language).model.layers]
+        floats = exact if dtype == torch.float32 else language
         # Packed experts stay as they are: their operators take the activation's dtype.
-        self._experts = [x.mlp if isinstance(x.mlp, Int4MoE) else y for x, y in zip(self._layers, floats, strict=True)]
+        self._experts: list[nn.Module] = [
+            layer.mlp if isinstance(layer.mlp, Int4MoE) else other.get_submodule("mlp")
+            for layer, other in zip(self._layers, floats.model.layers, strict=True)
+        ]
 
     def __call__(self, step: OperatorStep, inputs: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
         """Run `step` for rows at positions `start`, `start` + 1, ...: inputs by name -> outputs by name."""

@@ -163,14 +163,14 @@ class QuantizedReader:
             ) from None
         self.path = engine.weights
         try:
-            self.file = safe_open(str(self.path), framework="pt")
+            self.file: Any = safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path} is not a whole safetensors file ({error}): build the engine again.") from None
 
     def get(self, name: str) -> Tensor:
         """One tensor. Raises UserError naming it when it is missing or not as config.json says."""
         try:
-            tensor: Tensor = self.file.get_tensor(name)  # type: ignore[no-untyped-call]
+            tensor: Tensor = self.file.get_tensor(name)
         except SafetensorError:
             raise UserError(f"{self.path} has no whole tensor {name}: build the engine again.") from None
         dtype, shape = self.layout[name]

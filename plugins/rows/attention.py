@@ -22,7 +22,7 @@ class LatentAttention:
 
     def __init__(self, heads: int, rank: int, rope: int, scale: float) -> None:
         self.heads, self.rank, self.rope, self.scale = heads, rank, rope, scale
-        self._together: dict[int, bool] = {}
+        self._together: dict[tuple[int, int], bool] = {}
 
     def __call__(self, q_latent: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, start: int) -> Tensor:
         """Attend from M rows at positions start, start + 1, ... whose own latents are in the cache already.
@@ -50,7 +50,9 @@ class LatentAttention:
             first = last
 
     def _invariant(self, span: int) -> bool:
-        if span not in self._together:
+        # More threads cut a product into other pieces.
+        shape = span, torch.get_num_threads()
+        if shape not in self._together:
             generator = torch.Generator().manual_seed(0)
             latent = torch.randn(span, self.rank, generator=generator)
             k_pe = torch.randn(span, self.rope, generator=generator)
@@ -60,8 +62,8 @@ class LatentAttention:
                 q = torch.split(x.view(-1, self.rank + self.rope), [self.rank, self.rope], dim=1)
                 return self._attend(q[0].contiguous(), q[1].contiguous(), latent, k_pe, mask).view(x.shape[0], -1)
 
-            self._together[span] = check_row_invariance(attend, self.heads * (self.rank + self.rope))
-        return self._together[span]
+            self._together[shape] = check_row_invariance(attend, self.heads * (self.rank + self.rope))
+        return self._together[shape]
 
     def _attend(self, q_latent: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, mask: Tensor) -> Tensor:
         scores = torch.addmm(mask, q_latent, latent.t(), alpha=self.scale)
