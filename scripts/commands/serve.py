@@ -152,8 +152,13 @@ def command(
         tokens=max_tokens,
         request=request_timeout,
     )
-    name = name or Path(engine or model or "").expanduser().resolve().name
-    serve(Service(name, limits, queue), opener, host, port, drain_timeout, click.echo)
+    serve(Service(name or _name(engine or str(model)), limits, queue), opener, host, port, drain_timeout, click.echo)
+
+
+def _name(path_or_name: str) -> str:
+    """A folder's own name; a bundled or hub name as it is."""
+    folder = Path(path_or_name).expanduser()
+    return folder.resolve().name if folder.is_dir() else path_or_name
 
 
 def _load(
