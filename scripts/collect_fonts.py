@@ -65,11 +65,11 @@ def _write_subset(source: Path, target: Path) -> None:
         drop_tables=[*subset.Options().drop_tables, "GSUB", "GPOS", "GDEF", "FFTM", "PfEd", "DSIG"],
         legacy_kern=True,
     )
-    font = subset.load_font(str(source), options)
-    subsetter = subset.Subsetter(options)
-    subsetter.populate(unicodes=[*range(32, 127), *map(ord, SPECIAL)])
-    subsetter.subset(font)
-    subset.save_font(font, str(target), options)
+    with subset.load_font(str(source), options) as font:
+        subsetter = subset.Subsetter(options)
+        subsetter.populate(unicodes=[*range(32, 127), *map(ord, SPECIAL)])
+        subsetter.subset(font)
+        subset.save_font(font, str(target), options)
 
 
 def main() -> None:

@@ -158,6 +158,7 @@ STUB = """
 import os, signal, sys, types
 import click
 from trtvlm.scripts import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit SIGINT ignored
 module = types.ModuleType("trtvlm.scripts.commands.stub")
 module.command = click.command()(lambda: {body})
 sys.modules[module.__name__] = module

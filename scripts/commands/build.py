@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     help="Samples for AWQ: a folder of images (each perhaps with its text in a .txt), or a file of "
     '{"image", "prompt", "answer"} objects, one a line. By default the project\'s own pages.',
 )
-@click.option("--calibration-samples", metavar="N", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option(
+    "--calibration-samples",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=48,
+    show_default=True,
+    help="How many of them to calibrate on.",
+)
 @click.option(
     "--max-seq-len", metavar="N", type=click.IntRange(min=16), help="Positions of the cache. By default the model's."
 )

@@ -96,8 +96,20 @@ import click
     show_default=True,
     help="Records kept for the measurement, at most.",
 )
-@click.option("--precision", type=click.Choice(["auto", "float32", "bf16"]), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What the models compute in; the weights stay float32. auto: bf16 on a GPU.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to train. auto: on a GPU if there is one.",
+)
 @click.option(
     "--workers",
     metavar="N",
