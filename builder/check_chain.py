@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
 
 # Relative L2 error a row of logits may have when everything is float32: a few hundred sums in another order. Measured
-# chains stay under 1e-5; a tensor wired wrongly gives 0.1 and more.
+# chains stay under 1e-6; a tensor wired wrongly gives 0.1 and more.
 EXACT = 1e-3
 
 # The same as compiled, of the median row. Rounding alone makes about sqrt(480) * 2^-11 = 1% of 60 segments and operators

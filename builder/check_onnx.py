@@ -19,9 +19,10 @@ from trtvlm.builder.export import GraphError, first_line
 if TYPE_CHECKING:
     import onnx
 
-# Relative L2 error allowed between two float32 evaluations of one graph. Each sum of K products carries about
-# sqrt(K) * 2^-24; K up to 12288 and some tens of layers give 1e-4 at the very most; measured graphs stay under 5e-6.
-EXACT = 1e-4
+# Relative L2 error allowed between two float32 evaluations of one graph. A sum of K products carries about sqrt(K) * 2^-24,
+# 7e-6 for the largest K there is (12288); the vision tower has some hundred of them, most far shorter. Measured graphs
+# stay under 1e-6.
+EXACT = 3e-5
 
 # Relative L2 error allowed for the float16 graph. Every stored activation is rounded by up to 2^-11 (5e-4), and
 # independent roundings add up as square roots: 64 of them in a row, each as large as it can be, make 2^-8.
