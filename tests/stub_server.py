@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -174,9 +175,9 @@ def main() -> None:
         return model
 
     def listen() -> None:
-        with contextlib.suppress(EOFError):
-            while True:
-                model.release(input())
+        while names := os.read(0, 4096):  # not input(): its lock, held by a thread, aborts the interpreter's end
+            for name in names.decode().split():
+                model.release(name)
 
     threading.Thread(target=listen, daemon=True).start()
     serve(Service("stub"), opener, "127.0.0.1", 0, arguments.drain_timeout, lambda line: print(line, flush=True))

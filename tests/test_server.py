@@ -12,9 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -735,21 +736,25 @@ def test_ports_that_cannot_be_had() -> None:
 
 
 class Process:
-    """The stub server as a program."""
+    """The stub server as a program. What it prints goes to a file: a pipe that nobody reads would fill and stop it."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, output: IO[str], *arguments: str) -> None:
+        self._output = output
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "tests.stub_server", *arguments],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             text=True,
         )
 
+    def output(self) -> str:
+        return Path(self._output.name).read_text()
+
     def url(self) -> str:
-        assert self.popen.stdout is not None
-        return self.popen.stdout.readline().split(" at ")[1].strip().removesuffix("/v1")
+        until(lambda: re.search(r"http://\S+/v1\n", self.output()))
+        return str(re.findall(r"(http://\S+)/v1\n", self.output())[0])
 
     def release(self, name: str) -> None:
         assert self.popen.stdin is not None
@@ -757,18 +762,18 @@ class Process:
         self.popen.stdin.flush()
 
     def end(self) -> tuple[int, str]:
-        _, errors = self.popen.communicate(timeout=PATIENCE)
-        return self.popen.returncode, errors
+        return self.popen.wait(PATIENCE), self.output()
 
 
 @contextlib.contextmanager
 def process(*arguments: str) -> Iterator[Process]:
-    started = Process(*arguments)
-    try:
-        yield started
-    finally:
-        started.popen.kill()
-        started.popen.communicate()
+    with tempfile.NamedTemporaryFile("w+") as output:
+        started = Process(output, *arguments)
+        try:
+            yield started
+        finally:
+            started.popen.kill()
+            started.popen.communicate()
 
 
 @contextlib.contextmanager
@@ -844,3 +849,36 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(how: str, word: str) -> N
         code, errors = server.end()
     assert code != 0
     assert word in errors
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_leave_no_memory_behind() -> None:
+    picture = image_part(data_uri(png(300, 300)))
+    with process() as server, client(server.url()) as http:
+
+        def memory() -> int:
+            """Resident, in KiB."""
+            status = Path(f"/proc/{server.popen.pid}/status").read_text()
+            return int(status.partition("VmRSS:")[2].split()[0])
+
+        def some(count: int) -> None:
+            for n in range(count):
+                kind = n % 5
+                if kind == 0:
+                    assert http.post(CHAT, json=body([picture])).status_code == 200
+                elif kind == 1:
+                    assert http.post(CHAT, json=body("say a b c", stream=True)).status_code == 200
+                elif kind == 2:
+                    assert http.post(CHAT, json=body("fail")).status_code == 500
+                elif kind == 3:
+                    assert http.post(CHAT, json=body([image_part(ROTTEN)])).status_code == 400
+                else:
+                    with http.stream("POST", CHAT, json=body("say a b c d", stream=True)) as left:
+                        next(left.iter_raw())
+
+        some(1000)  # caches and pools fill
+        before = memory()
+        some(10_000)
+        assert memory() - before < 16 * 1024
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
