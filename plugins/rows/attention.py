@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trtvlm.plugins.rows.linear import check_row_invariance
 
-BUCKET = 32
+BUCKET = 64
 """Spans are rounded up to a multiple of this: a row's shape depends on its own position only, and rows can share it."""
 
 
