@@ -99,12 +99,13 @@ def test_steps_between_products_keep_rows_apart(width: int, rows: int, seed: int
     x = torch.randn(rows, 2 * width, generator=generator)
     weight = torch.rand(2 * width, generator=generator)
     cos, sin = torch.randn(2, 1, 2 * width, generator=generator)
-    for function in (
+    functions: list[linear.Kernel] = [
         lambda part: by_rows(F.silu, part),
         lambda part: by_rows(torch.sigmoid, part[:, :width]),
         lambda part: rms_norm(part, weight, 1e-6),
         lambda part: rotate(part, cos, sin),
-    ):
+    ]
+    for function in functions:
         assert torch.equal(function(x), _alone(function, x))
 
 
