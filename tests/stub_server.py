@@ -56,7 +56,8 @@ class StubModel:
 
     def __call__(self, request: Request, cancelled: threading.Event, /) -> Iterator[str | Result]:
         self.requests.append(request)
-        prompt = next(str(m["content"]) for m in reversed(request.conversation) if m["role"] == "user")
+        users = [str(m["content"]) for m in request.conversation if m["role"] == "user"]
+        prompt = users[-1] if users else ""
         try:
             yield from self._answer(request, prompt, cancelled)
         finally:

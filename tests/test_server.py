@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import httpx
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -468,10 +469,30 @@ NEARLY = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=5),
     max_leaves=20,
 )
-KNOWN = ["max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n", "tools", "user", "x"]
+PART = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=20)}) | st.just(
+    image_part(data_uri(png()))
+)
+MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "system", "assistant"]),
+        "content": st.text() | st.lists(PART | NEARLY, max_size=4),
+    }
+)
+VALID = {
+    "max_tokens": st.integers(1, 50),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0.001, 1),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "stop": st.text(min_size=1) | st.lists(st.text(min_size=1), max_size=4),
+    "stream": st.booleans(),
+    "user": JSON,
+    "n": st.just(1),
+    "tools": st.just([]),
+}
+# Mostly right, or only the first of many checks would ever be reached.
 BODIES = st.fixed_dictionaries(
-    {"model": st.just("stub") | NEARLY, "messages": st.lists(NEARLY, max_size=3) | NEARLY},
-    optional=dict.fromkeys(KNOWN, NEARLY),
+    {"model": st.just("stub"), "messages": st.lists(MESSAGE, min_size=1, max_size=3) | st.lists(MESSAGE | NEARLY)},
+    optional=VALID | {"stream_options": NEARLY, "top_p": VALID["top_p"] | NEARLY, "stop": VALID["stop"] | NEARLY},
 )
 
 
@@ -479,6 +500,7 @@ BODIES = st.fixed_dictionaries(
 @given(content=BODIES | JSON)
 def test_no_json_breaks_the_server(shared: Api, content: Any) -> None:
     response = shared.http.post(CHAT, content=json.dumps(content), headers=HEADER_ONLY)
+    hypothesis.event(str(response.status_code))
     assert response.status_code in (200, 400, 404)
 
 
