@@ -1,4 +1,4 @@
-"""Lets `pytest plugins/x` mean `pytest trtvlm/plugins/x`.
+"""Lets `pytest plugins/x` mean `pytest trtvlm/plugins/x`, and hypothesis take its time.
 
 The code folders are reached through the links in `trtvlm/`; collected under their own names, their tests would import
 an operator a second time and register it twice.
@@ -7,9 +7,14 @@ an operator a second time and register it twice.
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 _ROOT = Path(__file__).parent
 _FOLDERS = ("model", "plugins", "builder", "draft", "runtime", "scripts")
+
+# How long an example takes depends on the machine and its neighbours, and is no failure.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
