@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "--calibration-samples",
     metavar="N",
     type=click.IntRange(min=1),
-    default=48,
+    default=32,
     show_default=True,
     help="How many of them to calibrate on.",
 )
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     "--verify-samples",
     metavar="N",
     type=click.IntRange(min=0),
-    default=24,
+    default=16,
     show_default=True,
     help="Held-out pages to compare the quantized model with the float one on; 0 leaves it out.",
 )
