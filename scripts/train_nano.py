@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trtvlm.draft.shrink import initialise
 from trtvlm.model.checkpoint import CheckpointReader, save_model
 from trtvlm.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from trtvlm.model.pages.batches import PageBatch, PageBatches, to_float
@@ -72,27 +73,6 @@ def processor_folder(folder: Path, config: ModelConfig) -> Path:
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder / name)
     return folder
-
-
-def initialise(model: DeepseekVL2, seed: int) -> None:
-    """Normal weights; what writes into the residual stream starts smaller, by its depth (as GPT-2 does)."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 and name not in ("image_newline", "view_seperator"):
-            if "norm" in name and name.endswith("weight"):
-                nn.init.ones_(parameter)
-            else:
-                nn.init.zeros_(parameter)
-            continue
-        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-        scale = 0.02 if "embed" in name or parameter.dim() < 2 or name.endswith("gate.weight") else 0.7 * fan_in**-0.5
-        if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")):
-            depth = model.config.vision.layers if name.startswith("vision") else model.config.language.num_hidden_layers
-            scale /= math.sqrt(2 * depth)
-        if "patch_embed" in name:
-            scale = fan_in**-0.5
-        with torch.no_grad():
-            parameter.normal_(0.0, scale, generator=generator)
 
 
 @dataclass
