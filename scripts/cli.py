@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from typing import Any
 
 import click
@@ -93,10 +94,16 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 something to mend in what was asked, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 something to mend in what was asked, 130 or 143 stopped."""
     # Threads that spin while they wait are seven times slower on two busy cores. Read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _stop)
     cli(prog_name="trtvlm")
+
+
+def _stop(number: int, frame: object) -> None:
+    """End by an exception, as Ctrl+C does: what is half made is then removed on the way out."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,24 @@ def test_interrupted() -> None:
     assert run.stdout == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_terminated_leaves_nothing_half_made(tmp_path: Path) -> None:
+    code = STUB.format(body="half_made()").replace(
+        "sys.argv = ",
+        f"""
+def half_made():
+    from trtvlm.model.artifacts import atomic_directory
+    with atomic_directory({str(tmp_path / "out")!r}) as folder:
+        (folder / "file").write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+sys.argv = """,
+    )
+    run = _python("-c", code)
+    assert run.returncode == 128 + signal.SIGTERM, run.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("body", ['click.echo("text")', 'print("text" * 9999)'])
 def test_a_reader_that_leaves_early_is_no_error(body: str) -> None:
     reading, writing = os.pipe()
