@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from trtvlm.model.errors import UserError
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
 
 ALPHA_STEP = 0.1
+# The rules below are an ordered list since then.
+LEAST_MODELOPT = "0.47"
 
 
 class _Bag(nn.Module):
@@ -39,11 +42,17 @@ def pre_quant_scales(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
     """
     with _quiet():
         try:
+            import modelopt
             import modelopt.torch.quantization as mtq
         except ImportError as error:
             raise UserError(
                 f"INT4 AWQ needs nvidia-modelopt, which cannot be imported ({error}); install it, or use --quant int8_wo."
             ) from None
+        if Version(modelopt.__version__) < Version(LEAST_MODELOPT):
+            raise UserError(
+                f"INT4 AWQ needs nvidia-modelopt {LEAST_MODELOPT} or newer, but {modelopt.__version__} is installed; "
+                "upgrade it, or build in another environment."
+            )
         bag = _Bag(weights)
         rows = [inputs[name] for name in weights]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
     from rich.table import Table
 
 
@@ -105,16 +108,43 @@ def command(
             f"{output} would be built for SM {sm} from {', '.join(part.name for part in parts)}; nothing was written."
         )
         return
-    with console.status("Building") as status:
-
-        def progress(part: str, what: str) -> None:
-            status.update(f"{part}: {what}")
-
-        report = build(model, output, settings, draft, progress)
+    with _Bars(console) as bars:
+        report = build(model, output, settings, draft, bars.show)
     console.print(_built(report))
     if report["engines"]:
         console.print(_compiled(report["engines"]))
     console.print(f"{output} is built ({report['bytes'] / 1e6:.1f} MB, {report['seconds']:.0f} s).")
+
+
+class _Bars:
+    """A bar for each part of the build; it moves where a message says how many of how many."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
+        self.progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Bars:
+        self.progress.start()
+        return self
+
+    def show(self, part: str, what: str) -> None:
+        """Show what is being done for a part; the parts before it are done."""
+        if part not in self.tasks:
+            for task in self.tasks.values():
+                self.progress.update(task, total=1, completed=1, what="done")
+                self.progress.stop_task(task)
+            self.tasks[part] = self.progress.add_task(part, total=None, what="")
+        counted = re.search(r"(\d+) of (\d+)", what)
+        if counted:
+            number, total = map(int, counted.groups())
+            self.progress.update(self.tasks[part], total=total, completed=number - 1)
+        self.progress.update(self.tasks[part], what=what)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
 
 
 def _planned(sizes: dict[str, dict[str, int]]) -> Table:
