@@ -58,6 +58,7 @@ demo/engine/build_report.json: $(wildcard model/nano/*/*) | $(INSTALLED)
 	trtvlm build --model nano --quant int4_awq --sm 86 --output demo/engine
 
 bench: demo/engine/build_report.json
+	@mkdir -p benchmarks
 	python -m trtvlm.scripts.evaluate_reading --engine demo/engine --output benchmarks/reading.json
 	python -m trtvlm.scripts.check_lossless --engine demo/engine --tokens 10000 --samples 2000 \
 		--output benchmarks/lossless-int4.json
