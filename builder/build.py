@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trtvlm import __version__
 from trtvlm.builder.calibrate import Sample, bundled_samples, prepare, read_samples
 from trtvlm.builder.stream import nbytes
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
 from trtvlm.model.artifacts import PROCESSOR_FILES, EngineDir, atomic_directory, check_free, digests, write_json
-from trtvlm.model.checkpoint import CheckpointReader, bundled_draft, load_model, resolve_model
+from trtvlm.model.checkpoint import UNUSED, CheckpointReader, bundled_draft, load_model, resolve_model
 from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.processor import Processor
+from trtvlm.model.vlm import DeepseekVL2
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
 from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, Kind, layout, linears, load_quantized
 
@@ -124,21 +127,22 @@ def plan(model: str, output: Path, settings: BuildSettings, draft: str | None = 
         from trtvlm.builder.compile import check_sm
 
         check_sm(settings.build.sm)
-    check_free(Path(output).expanduser().absolute(), settings.overwrite)
+    check_free(Path(output).expanduser().resolve(), settings.overwrite)
     draft = draft if draft is not None else bundled_draft(model)
     parts = [_part("target", model)]
     if draft is not None:
         parts.append(_part("draft", draft))
         _check_pair(parts[0], parts[1])
     for part in parts:
+        Processor.from_pretrained(part.folder, part.config)
+        _check_tensors(part)
         language = part.config.language
         if settings.build.max_seq_len > language.max_position_embeddings:
             raise UserError(
                 f"--max-seq-len {settings.build.max_seq_len} is more than the {language.max_position_embeddings} positions "
                 f"of {part.name}; give at most that."
             )
-        if settings.kind == "int4":
-            _check_groups(part)
+        _check_groups(part, settings)
     return parts
 
 
@@ -148,7 +152,7 @@ def planned_sizes(parts: list[Part], settings: BuildSettings) -> dict[str, dict[
     for part in parts:
         reader = CheckpointReader(part.folder)
         language = part.config.language
-        vision = [name for name in reader.keys() if not name.startswith(("language.", "vision.attn_pool."))]
+        vision = [name for name in reader.keys() if not name.startswith(("language.", UNUSED))]
         width = (language.kv_lora_rank or 0) + language.qk_rope_head_dim
         if not language.use_mla:
             width = 2 * language.num_key_value_heads * language.head_dim
@@ -204,14 +208,39 @@ def _vocabulary(folder: Path) -> Any:
     return raw.get("model", {}).get("vocab"), raw.get("model", {}).get("merges"), raw.get("added_tokens")
 
 
-def _check_groups(part: Part) -> None:
-    for layer in range(part.config.language.num_hidden_layers):
-        for fused in linears(part.config.language, layer):
-            if fused.inputs % GROUP_SIZE or fused.outputs % 2:
-                raise UserError(
-                    f"INT4 needs inputs in groups of {GROUP_SIZE} and an even number of outputs, but {part.name}'s layer {layer} "
-                    f"{fused.name} is {fused.outputs} x {fused.inputs}; use --quant int8_wo or none."
-                )
+def _check_tensors(part: Part) -> None:
+    """Every tensor is there with the shape config.json gives it, and no other; nothing is read but the shapes."""
+    reader = CheckpointReader(part.folder)
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in DeepseekVL2(part.config).named_parameters()}
+    for name, shape in expected.items():
+        if reader.shape(name) != shape:
+            raise UserError(
+                f"The tensor {name} of {part.folder} has shape {list(reader.shape(name))}, but config.json makes it "
+                f"{list(shape)}; the two do not belong together."
+            )
+    for name in reader.keys():
+        if name not in expected and not name.startswith(UNUSED):
+            raise UserError(f"The checkpoint {part.folder} has a tensor {name} that its config.json has no place for.")
+
+
+def _check_groups(part: Part, settings: BuildSettings) -> None:
+    language = part.config.language
+    found = []
+    if settings.kind == "int4":
+        found = [
+            (f"layer {layer} {fused.name}", fused.outputs, fused.inputs, "--quant int8_wo or none")
+            for layer in range(language.num_hidden_layers)
+            for fused in linears(language, layer)
+        ]
+    if settings.head == "int4":
+        found.append(("lm_head", language.vocab_size, language.hidden_size, "--lm-head int8 or fp16"))
+    for name, outputs, inputs, instead in found:
+        if inputs % GROUP_SIZE or outputs % 2:
+            raise UserError(
+                f"INT4 needs inputs in groups of {GROUP_SIZE} and an even number of outputs, but {part.name}'s {name} is "
+                f"{outputs} x {inputs}; use {instead}."
+            )
 
 
 def _quantize(part: Part, place: EngineDir, settings: BuildSettings, progress: Progress) -> dict[str, Any]:

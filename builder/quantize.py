@@ -162,8 +162,6 @@ def _first_hidden(
     reader: CheckpointReader, config: ModelConfig, engine: EngineDir, samples: list[ModelInputs]
 ) -> list[Tensor]:
     """Write the vision part; what the first decoder layer sees of every sample."""
-    from safetensors.torch import save_file
-
     with torch.device("meta"):
         model = DeepseekVL2(config)
     for name in ("vision", "projector", *(("language.model.embed_tokens",) if samples else ())):
@@ -175,7 +173,9 @@ def _first_hidden(
         setattr(model, name, nn.Parameter(reader.get(name).float(), requires_grad=False))
     part = {n: _to_half(n, p) for n, p in model.named_parameters() if not n.startswith("language.")}
     engine.vision.mkdir(parents=True, exist_ok=True)
-    save_file(part, str(engine.vision_weights), metadata={"format": "pt"})
+    with SafetensorsWriter(engine.vision_weights, {n: (t.dtype, tuple(t.shape)) for n, t in part.items()}) as writer:
+        for name, tensor in part.items():
+            writer.write(name, tensor)
     return [embeddings(model, sample) for sample in samples]
 
 

@@ -44,8 +44,12 @@ class SafetensorsWriter:
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
         self._file = path.open("wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(self._start + end)
+        try:
+            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+            self._file.truncate(self._start + end)
+        except OSError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> SafetensorsWriter:
         return self

@@ -10,12 +10,11 @@ from trtvlm import __version__
 from trtvlm.model.artifacts import FORMAT_VERSION
 from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
-from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, Kind
+from trtvlm.plugins.quantized_checkpoint import ALGORITHMS, QUANTIZATIONS, Kind
 
 # The release whose formats these are, the last with a TensorRT backend.
 TENSORRT_LLM_VERSION = "1.2.1"
 
-_ALGORITHMS = {"none": None, "int8_wo": "W8A16", "int4_awq": "W4A16_AWQ"}
 _KEPT = ["*router", "*vocab_embedding", "*fused_a", "*kv_b_proj"]
 
 
@@ -55,12 +54,11 @@ def engine_config(config: ModelConfig, quant: str, lm_head: Kind, build: BuildCo
 
 def pretrained_config(config: LanguageConfig, quant: str, lm_head: Kind) -> dict[str, Any]:
     """TensorRT-LLM's PretrainedConfig of the language model, with the keys its DeepseekV2Config adds."""
+    # Only keys TensorRT-LLM's QuantConfig has: it refuses others. How the LM head is stored, its tensors' names say.
     quantization: dict[str, Any] = {
-        "quant_algo": _ALGORITHMS[quant],
+        "quant_algo": ALGORITHMS[quant],
         "kv_cache_quant_algo": None,
         "exclude_modules": _KEPT + ([] if lm_head == QUANTIZATIONS[quant] and lm_head != "fp16" else ["*lm_head"]),
-        "trtvlm_quant": quant,
-        "lm_head": lm_head,
     }
     if quant == "int4_awq":
         quantization |= {"group_size": GROUP_SIZE, "has_zero_point": False, "pre_quant_scale": True}

@@ -129,9 +129,9 @@ def _sha256(path: Path) -> str:
 def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling of `path` to write into; it becomes `path` when the block ends well, else it is removed.
 
-    Raises UserError when `path` exists and is not an empty folder (unless `overwrite`), or cannot be written.
+    A link is followed. Raises UserError when `path` exists and may not be replaced (`check_free`), or cannot be written.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser().resolve()
     check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,18 +143,42 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
     try:
         temporary.chmod(0o755)
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        _replace(path, temporary)
     except OSError as error:
         raise UserError(f"Writing {path} failed ({error.strerror or error}); nothing was left there.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _replace(path: Path, new: Path) -> None:
+    """Move `new` to `path`; what was there goes only once `new` has its place, and comes back if it does not get it."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = new.with_name(new.name + ".old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def check_free(path: Path, overwrite: bool = False) -> None:
-    """Raise UserError when `path` exists and is not an empty folder, unless it may be overwritten."""
-    if overwrite and path.is_file():
-        raise UserError(f"{path} is a file: give a directory as output.")
-    if not overwrite and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raise UserError unless `path` is absent, an empty folder, or, with `overwrite`, an engine directory.
+
+    Nothing else is ever replaced: a mistyped output must not cost a checkpoint or a home directory.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} exists already and is a file: give a directory as output.")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"{path} exists already: give another output, delete it, or overwrite it.")
+    if not EngineDir(path).report_file.is_file():
+        raise UserError(
+            f"{path} was not made by `trtvlm build` and is not overwritten: give another output, or delete it yourself."
+        )

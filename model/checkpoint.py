@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 _BUNDLED = {name: Path(__file__).parent / "nano" / part for name, part in (("nano", "target"), ("nano-draft", "draft"))}
 
 # In official checkpoints but never run: the vision tower's attention pool (ignore_head).
-_UNUSED = "vision.attn_pool."
+UNUSED = "vision.attn_pool."
 
 
 def resolve_model(name_or_path: str) -> Path:
@@ -155,7 +155,7 @@ def load_model(
     with torch.device("meta"):
         model = DeepseekVL2(config)
     known = {name for name, _ in model.named_parameters()}
-    unknown = [name for name in reader.keys() if name not in known and not name.startswith(_UNUSED)]
+    unknown = [name for name in reader.keys() if name not in known and not name.startswith(UNUSED)]
     model = model.to(dtype).to_empty(device=device)
     reader.load_into(model, "")
     if unknown:

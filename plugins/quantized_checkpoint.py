@@ -31,8 +31,10 @@ from trtvlm.plugins.int8_linear.module import Int8Linear
 
 Kind = Literal["fp16", "int8", "int4"]
 QUANTIZATIONS: dict[str, Kind] = {"none": "fp16", "int8_wo": "int8", "int4_awq": "int4"}
+# TensorRT-LLM's names for them.
+ALGORITHMS: dict[str, str | None] = {"none": None, "int8_wo": "W8A16", "int4_awq": "W4A16_AWQ"}
 
-SCALES = {"int4": "weights_scaling_factor", "int8": "per_channel_scale"}
+SCALES: dict[Kind, str] = {"int4": "weights_scaling_factor", "int8": "per_channel_scale"}
 PREQUANT = "prequant_scaling_factor"
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -152,12 +154,11 @@ class QuantizedReader:
 
     def __init__(self, engine: EngineDir) -> None:
         self.config = engine.model_config().language
-        quantization = engine.config()["pretrained_config"]["quantization"]
+        config = engine.config()
+        kinds = {ALGORITHMS[quant]: kind for quant, kind in QUANTIZATIONS.items()}
         try:
-            self.kind: Kind = QUANTIZATIONS[quantization["trtvlm_quant"]]
-            self.lm_head: Kind = quantization["lm_head"]
-            self.layout = layout(self.config, self.kind, self.lm_head)
-        except KeyError as error:
+            self.kind: Kind = kinds[config["pretrained_config"]["quantization"]["quant_algo"]]
+        except (KeyError, TypeError) as error:
             raise UserError(
                 f"{engine.config_file} has no usable quantization ({error}): build the engine again."
             ) from None
@@ -166,6 +167,10 @@ class QuantizedReader:
             self.file: Any = safe_open(str(self.path), framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path} is not a whole safetensors file ({error}): build the engine again.") from None
+        stored = set(self.file.keys())
+        scaled = [kind for kind, scale in SCALES.items() if f"lm_head.{scale}" in stored]
+        self.lm_head: Kind = scaled[0] if scaled else "fp16"
+        self.layout = layout(self.config, self.kind, self.lm_head)
 
     def get(self, name: str) -> Tensor:
         """One tensor. Raises UserError naming it when it is missing or not as config.json says."""

@@ -41,12 +41,40 @@ def test_what_is_there_is_kept_unless_it_may_go(tmp_path: Path) -> None:
     (old / "a").write_text("old")
     with pytest.raises(UserError, match="exists already"), atomic_directory(old):
         pass
+    with pytest.raises(UserError, match="not made by `trtvlm build`"), atomic_directory(old, overwrite=True):
+        pass
+    EngineDir(old).report_file.write_text("{}")
     with pytest.raises(RuntimeError), atomic_directory(old, overwrite=True):
         raise RuntimeError
     assert (old / "a").read_text() == "old"
-    with atomic_directory(old, overwrite=True) as folder:
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with atomic_directory(link, overwrite=True) as folder:
         (folder / "b").write_text("new")
     assert [path.name for path in old.iterdir()] == ["b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_the_old_one_comes_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    old = tmp_path / "out"
+    old.mkdir()
+    EngineDir(old).report_file.write_text("old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == old and (self / "new").exists():
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), atomic_directory(old, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert EngineDir(old).report_file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

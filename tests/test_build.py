@@ -111,11 +111,47 @@ def test_refusals_are_one_sentence_and_leave_nothing(pair: tuple[Path, Path], tm
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     refused(build("--model", target, "--draft", other, "--output", out, *QUICK), "has another vocabulary")
+    (other / "tokenizer.json").unlink()
+    refused(build("--model", other, "--quant", "none", "--output", out, *QUICK), "There is no tokenizer.json")
+    weights["language.model.layers.9.mlp.up_proj.weight"] = weights.pop("language.lm_head.weight")
+    save_file(weights, damaged / "model.safetensors")
+    refused(build("--model", damaged, "--output", out, "--dry-run"), "no tensor language.lm_head.weight")
+    weights["language.lm_head.weight"] = torch.zeros(3, 64)
+    save_file(weights, damaged / "model.safetensors")
+    refused(build("--model", damaged, "--output", out, *QUICK), "language.lm_head.weight of")
+    weights["language.lm_head.weight"] = torch.zeros(544, 64)
+    save_file(weights, damaged / "model.safetensors")
+    refused(
+        build("--model", damaged, "--output", out, *QUICK), "layers.9.mlp.up_proj.weight that its config.json has no"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "other"]
     out.mkdir()
     (out / "precious").write_text("")
     refused(build("--model", target, "--output", out, *QUICK), "exists already")
+    refused(build("--model", target, "--output", out, *QUICK, "--overwrite"), "was not made by `trtvlm build`")
     assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("limit", [2_000, 100_000, 250_000])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path, limit: int) -> None:
+    """No file may grow beyond `limit` bytes: the tokenizer, the vision part or the language model does not fit."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        result = build("--model", pair[0], "--quant", "none", "--output", tmp_path / "out", *QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused(result, "failed (File too large); nothing was left there.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_directory_is_built_again_in_its_place(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for quant in ("none", "int8_wo"):
+        result = build("--model", pair[0], "--quant", quant, "--output", tmp_path / "out", *QUICK, "--overwrite")
+        assert result.exit_code == 0, result.output
+    assert EngineDir(tmp_path / "out").report()["quant"] == "int8_wo"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")

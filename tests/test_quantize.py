@@ -21,7 +21,7 @@ from trtvlm.model.errors import UserError
 from trtvlm.model.inputs import ModelInputs
 from trtvlm.model.processor import Processor
 from trtvlm.plugins.int4_linear import packing
-from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, layout, load_quantized, load_quantized_packed
+from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, layout, linears, load_quantized, load_quantized_packed
 
 KINDS = ("mla", "mha", "base")
 
@@ -110,6 +110,11 @@ def test_names_shapes_and_types_are_tensorrt_llm_s(quantized, kind: str) -> None
     assert written["quantization"].items() >= {
         "quant_algo": "W4A16_AWQ", "group_size": 64, "has_zero_point": False, "pre_quant_scale": True
     }.items()  # fmt: skip
+    # QuantConfig.from_dict passes the whole dictionary to its constructor: a key it does not have is a TypeError there.
+    assert written["quantization"].keys() <= {
+        "quant_algo", "kv_cache_quant_algo", "group_size", "smoothquant_val", "clamp_val", "use_meta_recipe",
+        "has_zero_point", "pre_quant_scale", "exclude_modules",
+    }  # fmt: skip
     required = {"architecture", "dtype", "hidden_size", "num_hidden_layers", "num_attention_heads", "logits_dtype"}
     assert required <= written.keys()
     rows = load_file(engine.weights)[layer + "mlp.fc.prequant_scaling_factor"]
@@ -150,6 +155,50 @@ def test_layer_by_layer_equals_the_whole_model_at_once(quantized, kind: str) -> 
         scale = pre_quant_scales({"o": layer.self_attn.o_proj.weight}, {"o": record.inputs["self_attn.o_proj"]})["o"]  # type: ignore[union-attr,dict-item]
         stored = tensors[f"transformer.layers.{index}.attention.dense.prequant_scaling_factor"]
         assert torch.equal(scale.half(), stored)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_modelopt_run_on_the_whole_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor by tensor: ModelOpt's own AWQ of the whole language model at once, from the same tokens in one batch."""
+    import modelopt.torch.quantization as mtq
+
+    # ModelOpt leaves experts to the tokens the router sends them; here ours do so too.
+    monkeypatch.setattr("trtvlm.builder.quantize.FEW_TOKENS", 1)
+    source = tiny_checkpoint(tmp_path / "in", kind)
+    (tmp_path / "out").mkdir()
+    stored = load_file(_quantize(source, tmp_path / "out", "int4_awq").weights)
+    model, config = load_model(source), ModelConfig.from_pretrained(source).language
+    batch = torch.cat([embeddings(model, inputs) for inputs in _samples(source)])
+    before = {name: weight.clone() for name, weight in model.language.model.layers.named_parameters()}
+    int4 = {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}}
+    names = [f"{layer}.{source.format(expert)}" for layer in range(config.num_hidden_layers)
+             for fused in linears(config, layer) for source in fused.sources
+             for expert in range(fused.experts or 1)]  # fmt: skip
+    rules = [{"quantizer_name": "*", "enable": False}] + [
+        {"quantizer_name": f"*layers.{name}.weight_quantizer", "cfg": int4, "enable": True} for name in names
+    ]
+    awq = {"method": "awq_lite", "alpha_step": 0.1}
+    mtq.quantize(model.language, {"quant_cfg": rules, "algorithm": awq}, lambda language: language(batch))
+    layers = model.language.model.layers
+    found = {name: layers.get_submodule(name).input_quantizer._pre_quant_scale.float() for name in names}
+    for layer in range(config.num_hidden_layers):
+        for fused in linears(config, layer):
+            groups = [[f"{layer}.{s.format(e)}" for s in fused.sources] for e in range(fused.experts or 1)]
+            sharing = [name for group in groups for name in group]
+            if fused.name.endswith((".fc", ".gate")) and fused.experts is None:
+                sharing = [f"{layer}.{fused.sources[0].rpartition('.')[0]}.{part}_proj" for part in ("gate", "up")]
+            scale = torch.stack([found[name] for name in sorted(sharing)]).mean(0).half()
+            weight = torch.stack([torch.cat([before[f"{name}.weight"] for name in group]) for group in groups])
+            folded = (weight if fused.experts else weight[0]) / scale.float()
+            scales = folded.unflatten(-1, (-1, 64)).abs().amax(-1).div(7).half().float()
+            codes = (folded.unflatten(-1, (-1, 64)) / scales[..., None]).round().clamp(-8, 7).flatten(-2).to(torch.int8)
+            name = f"transformer.layers.{layer}.{fused.name}"
+            assert torch.equal(
+                stored[f"{name}.prequant_scaling_factor"], scale.expand(*weight.shape[:-2][: bool(fused.experts)], -1)
+            )
+            assert torch.equal(stored[f"{name}.weights_scaling_factor"], scales)
+            low, high = (codes.unflatten(-2, (-1, 2))[..., half, :] & 15 for half in (0, 1))
+            assert torch.equal(stored[f"{name}.weight"], low | (high << 4))
 
 
 def test_awq_beats_rounding_where_channels_differ() -> None:

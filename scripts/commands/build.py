@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     help="How many of them to calibrate on.",
 )
 @click.option(
-    "--max-seq-len", metavar="N", type=click.IntRange(min=16), help="Positions of the cache. By default the model's."
+    "--max-seq-len",
+    metavar="N",
+    type=click.IntRange(min=16),
+    help="Positions of the cache. By default as many as both models have.",
 )
 @click.option(
     "--max-draft-len",
@@ -67,7 +70,7 @@ if TYPE_CHECKING:
     help="Held-out pages to compare the quantized model with the float one on; 0 leaves it out.",
 )
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Compile engines, or only quantize.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--overwrite", is_flag=True, help="Replace an engine directory that is there; nothing else is replaced.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built and how big; write nothing.")
 def command(
     model: str,
@@ -94,10 +97,12 @@ def command(
 
     from trtvlm.builder.build import BuildSettings, build, plan, planned_sizes
     from trtvlm.builder.trtllm_config import BuildConfig
-    from trtvlm.model.checkpoint import resolve_model
+    from trtvlm.model.checkpoint import bundled_draft, resolve_model
     from trtvlm.model.config import ModelConfig
 
-    context = max_seq_len or ModelConfig.from_pretrained(resolve_model(model)).language.max_position_embeddings
+    draft = draft if draft is not None else bundled_draft(model)
+    folders = [resolve_model(name) for name in (model, draft) if name is not None]
+    context = max_seq_len or min(ModelConfig.from_pretrained(f).language.max_position_embeddings for f in folders)
     limits = BuildConfig(sm=sm, max_seq_len=context, max_draft_len=max_draft_len, engines=rest["compile"])
     settings = BuildSettings(quant=quant, lm_head=lm_head, build=limits, **rest)
     console = Console(stderr=True)
