@@ -361,6 +361,11 @@ def learning_rate(progress: float, step: int, peak: float, warm_up: int) -> floa
     return peak * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * part)))
 
 
+def default_batch_tokens(device: str) -> int:
+    """What keeps a GPU busy, or what a CPU gets through in seconds and a few gigabytes."""
+    return 3_000 if device == "cpu" or not torch.cuda.is_available() else 100_000
+
+
 def _optimizer(student: Student, lr: float, fused: bool) -> torch.optim.Optimizer:
     """AdamW; norms, biases and single vectors are not decayed."""
     matrices = [p for p in student.parameters() if p.dim() >= 2]

@@ -42,9 +42,7 @@ import click
     "--batch-tokens",
     metavar="N",
     type=click.IntRange(min=1),
-    default=100_000,
-    show_default=True,
-    help="Image and text tokens in a batch; the images in it follow.",
+    help="Image and text tokens in a batch; the images in it follow. By default 100,000 on a GPU and 3,000 on a CPU.",
 )
 @click.option("--lr", type=float, help="Peak learning rate. By default 1.5e-3 from scratch, 2e-4 for a trained draft.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first weights and the pages.")
@@ -139,8 +137,9 @@ def command(
     trtvlm draft-train --target nano --draft scratch --data pages --output my-draft --minutes 12
     trtvlm draft-train --target nano --draft nano-draft --data receipts.jsonl --output my-draft --steps 2000
     """
-    from trtvlm.draft.train import TrainSettings, train
+    from trtvlm.draft.train import TrainSettings, default_batch_tokens, train
 
+    settings["batch_tokens"] = settings["batch_tokens"] or default_batch_tokens(settings["device"])
     result = train(
         target,
         draft,
