@@ -167,32 +167,20 @@ def _planned(sizes: dict[str, dict[str, int]]) -> Table:
 def _built(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"Quantized ({report['quant']}, LM head {report['lm_head']}), against the float model on held-out pages"
-    )
-    table.add_column("part")
-    for column in (
-        "language",
-        "vision",
-        "same next token",
-        "KL",
-        "CER float",
-        "CER quantized",
-        "fewest tokens of an expert",
-    ):
-        table.add_column(column, justify="right")
-    for name, part in report["parts"].items():
-        accuracy = part.get("accuracy", {})
-        fewest = [min(counts) for counts in part["expert_tokens"].values()]
-        table.add_row(
-            name,
-            *(f"{part['bytes'][key] / 1e6:.2f} MB" for key in ("language", "vision")),
-            _percent(accuracy.get("next_token_agreement")),
-            f"{accuracy['kl']:.5f}" if "kl" in accuracy else "-",
-            _percent(accuracy.get("cer_float")),
-            _percent(accuracy.get("cer_quantized")),
-            f"{min(fewest):,}" if fewest else "-",
-        )
+    table = Table(title=f"Quantized: {report['quant']}, LM head {report['lm_head']}")
+    table.add_column("against the 16-bit model, held-out pages")
+    parts = report["parts"].values()
+    for name in report["parts"]:
+        table.add_column(name, justify="right")
+    accuracy = [part.get("accuracy", {}) for part in parts]
+    for key, what in (("language", "language model"), ("vision", "vision part, 16 bit")):
+        table.add_row(what, *(f"{part['bytes'][key] / 1e6:.2f} MB" for part in parts))
+    table.add_row("same next token", *(_percent(found.get("next_token_agreement")) for found in accuracy))
+    table.add_row("KL divergence, nats", *(f"{found['kl']:.5f}" if "kl" in found else "-" for found in accuracy))
+    table.add_row("character error rate, 16 bit", *(_percent(found.get("cer_float")) for found in accuracy))
+    table.add_row("character error rate, quantized", *(_percent(found.get("cer_quantized")) for found in accuracy))
+    fewest = [[min(counts) for counts in part["expert_tokens"].values()] for part in parts]
+    table.add_row("fewest calibration tokens of an expert", *(f"{min(n):,}" if n else "-" for n in fewest))
     return table
 
 
