@@ -51,7 +51,10 @@ def _contained(image: Size, box: Size) -> Size:
 
 
 def cut_views(image: Image.Image, resolution: Size, tile: int, colour: Sequence[int]) -> npt.NDArray[np.uint8]:
-    """RGB image -> uint8 [1 + tiles, tile, tile, 3]: the global view, then the tiles row by row."""
+    """RGB image -> uint8 [1 + tiles, tile, tile, 3]: the global view, then the tiles row by row.
+
+    A grey image (and one grey of padding) gives [1 + tiles, tile, tile].
+    """
     width, height = resolution
     views = [pad_to(image, (tile, tile), colour)]
     canvas = pad_to(image, resolution, colour)

@@ -27,8 +27,9 @@ Grid = tuple[int, int]
 class PageBatch:
     """Pages of one tile grid under one prompt.
 
-    pixels uint8 [B, 1 + tw * th, 3, S, S] (see `to_float`); input_ids int64 [B, T]: prompt, answer, end of sequence,
-    then padding; image_start and answer_start are the same in every row; lengths int64 [B] count a row's real tokens.
+    pixels uint8 [B, 1 + tw * th, 3, S, S], or one channel for grey pages (see `to_float`); input_ids int64
+    [B, T]: prompt, answer, end of sequence, then padding; image_start and answer_start are the same in every row;
+    lengths int64 [B] count a row's real tokens.
     """
 
     pixels: Tensor
@@ -57,8 +58,9 @@ class PageBatch:
 
 
 def to_float(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pixels uint8 -> -1..1, as the processor normalises them."""
-    return (pixels.to(dtype) / 255 - 0.5) / 0.5
+    """Pixels uint8 [..., 1 or 3, S, S] -> -1..1 [..., 3, S, S], as the processor normalises them."""
+    scaled = (pixels.to(dtype) / 255 - 0.5) / 0.5
+    return scaled.expand(*scaled.shape[:-3], 3, *scaled.shape[-2:])
 
 
 class Prompts:
@@ -98,8 +100,8 @@ class _Pages(IterableDataset[PageBatch]):
         processor = Processor.from_pretrained(self.folder)
         prompts = Prompts(processor)
         config = processor.config
-        grey = (int(0.5 * 255),) * 3
-        waiting: dict[Grid, list[tuple[np.ndarray[Any, Any], str]]] = defaultdict(list)
+        grey = int(0.5 * 255)
+        waiting: dict[tuple[Grid, str], list[tuple[np.ndarray[Any, Any], str]]] = defaultdict(list)
         current = -1
         while True:
             if self.stage.value != current:
@@ -110,18 +112,19 @@ class _Pages(IterableDataset[PageBatch]):
                 weights = weights / weights.sum()
             spec = stage.pages[int(rng.choice(len(weights), p=weights))][0]
             page = render_page(rng, spec)
-            image = page.image.convert("RGB")
+            # Grey pages stay grey until they are on the model's device: a third of the resizing and copying.
+            image = page.image
             resolution = best_resolution(image.size, config.candidate_resolutions)
-            views = cut_views(image, resolution, config.tile_size, grey)
+            views = cut_views(image, resolution, config.tile_size, [grey] * len(image.getbands()))
             grid = (resolution[0] // config.tile_size, resolution[1] // config.tile_size)
-            waiting[grid].append((views, page.text))
+            waiting[grid, image.mode].append((views, page.text))
             # A guess of 80 answer tokens a page keeps the batch near its budget.
             wanted = max(8, stage.batch_tokens // (config.image_tokens(*grid) + 80))
-            if len(waiting[grid]) >= wanted:
+            if len(waiting[grid, image.mode]) >= wanted:
                 prompt = (
                     PROMPTS[0] if rng.random() < DEFAULT_PROMPT_SHARE else PROMPTS[int(rng.integers(1, len(PROMPTS)))]
                 )
-                yield _collate(processor, prompts, waiting.pop(grid), grid, prompt)
+                yield _collate(processor, prompts, waiting.pop((grid, image.mode)), grid, prompt)
 
 
 def _collate(
@@ -137,7 +140,8 @@ def _collate(
         whole = torch.tensor([*ids, *answer, processor.eos_id])
         input_ids[row, : len(whole)] = whole
         lengths[row] = len(whole)
-    pixels = torch.from_numpy(np.stack([views for views, _ in pages])).permute(0, 1, 4, 2, 3).contiguous()
+    stacked = torch.from_numpy(np.stack([views for views, _ in pages]))
+    pixels = stacked.unsqueeze(2) if stacked.dim() == 4 else stacked.permute(0, 1, 4, 2, 3).contiguous()
     return PageBatch(pixels, grid, input_ids, image_start, len(ids), lengths, texts)
 
 
