@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shutil
 import time
@@ -22,6 +21,7 @@ from trtvlm.model.artifacts import PROCESSOR_FILES, EngineDir, atomic_directory,
 from trtvlm.model.checkpoint import UNUSED, CheckpointReader, bundled_draft, load_model, resolve_model
 from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
+from trtvlm.model.pair import check_pair
 from trtvlm.model.processor import Processor
 from trtvlm.model.vlm import DeepseekVL2
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
@@ -132,7 +132,7 @@ def plan(model: str, output: Path, settings: BuildSettings, draft: str | None = 
     parts = [_part("target", model)]
     if draft is not None:
         parts.append(_part("draft", draft))
-        _check_pair(parts[0], parts[1])
+        check_pair(parts[0].folder, parts[1].folder)
     for part in parts:
         Processor.from_pretrained(part.folder, part.config)
         _check_tensors(part)
@@ -179,33 +179,6 @@ def versions() -> dict[str, str]:
 def _part(role: str, name: str) -> Part:
     folder = resolve_model(name)
     return Part(role, name, folder, ModelConfig.from_pretrained(folder))
-
-
-def _check_pair(target: Part, draft: Part) -> None:
-    """A draft must speak the target's tokens and see the target's tiles."""
-    vocabularies = [_vocabulary(part.folder) for part in (target, draft)]
-    if vocabularies[0] != vocabularies[1] or target.config.language.vocab_size != draft.config.language.vocab_size:
-        raise UserError(
-            f"The draft {draft.name} has another vocabulary than the target {target.name}: speculation needs the same "
-            "tokens; train one with `trtvlm draft-train --target " + target.name + "`."
-        )
-    ours, theirs = target.config, draft.config
-    if (ours.tile_size, ours.view_tokens_side, ours.candidate_resolutions) != (
-        theirs.tile_size,
-        theirs.view_tokens_side,
-        theirs.candidate_resolutions,
-    ):
-        raise UserError(
-            f"The draft {draft.name} cuts images differently from the target {target.name}; use a draft made for it."
-        )
-
-
-def _vocabulary(folder: Path) -> Any:
-    try:
-        raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}).") from None
-    return raw.get("model", {}).get("vocab"), raw.get("model", {}).get("merges"), raw.get("added_tokens")
 
 
 def _check_tensors(part: Part) -> None:

@@ -29,7 +29,6 @@ from trtvlm.draft.data import Source, open_source
 from trtvlm.draft.distil import Student, feature_error, forward_kl
 from trtvlm.draft.measure import measure
 from trtvlm.draft.package import LOG, package
-from trtvlm.draft.pair import check_pair
 from trtvlm.draft.shrink import read_overrides, scratch_draft, shrunk_config
 from trtvlm.draft.state import TrainingState
 from trtvlm.model.checkpoint import load_model, resolve_model
@@ -37,6 +36,7 @@ from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.language import DecoderLayer
 from trtvlm.model.pages.batches import PageBatch
+from trtvlm.model.pair import check_pair
 from trtvlm.model.vlm import DeepseekVL2
 
 SCRATCH = "scratch"

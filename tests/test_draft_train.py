@@ -26,13 +26,13 @@ from trtvlm.draft.answers import AnswerSettings, RememberedAnswers, answer, deco
 from trtvlm.draft.data import Record, grouped, open_source, prepare, processor_of, read_records, shapes
 from trtvlm.draft.distil import Student, feature_error, forced, forward_kl
 from trtvlm.draft.measure import counted, measure
-from trtvlm.draft.pair import check_pair
 from trtvlm.draft.shrink import scratch_draft, shrunk_config
 from trtvlm.draft.train import Training, TrainSettings, learning_rate, train
 from trtvlm.model.checkpoint import load_model
 from trtvlm.model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.pages.batches import PageBatch
+from trtvlm.model.pair import check_pair
 from trtvlm.model.processor import Processor
 from trtvlm.scripts.commands.draft_train import command
 

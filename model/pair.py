@@ -20,13 +20,14 @@ def check_pair(target: Path, draft: Path) -> None:
     if ours.language.vocab_size != theirs.language.vocab_size:
         raise UserError(
             f"The draft {draft} has a vocabulary of {theirs.language.vocab_size} tokens and the target {target} one of "
-            f"{ours.language.vocab_size}: a draft must share its target's vocabulary; use another, or --draft scratch."
+            f"{ours.language.vocab_size}: a draft must share its target's vocabulary; use another, or train one with "
+            "--draft scratch."
         )
     difference = _tokens_differ(_tokenizer(target, ours), _tokenizer(draft, theirs))
     if difference:
         raise UserError(
             f"The draft {draft} has another tokenizer than the target {target} ({difference}): a draft must share its "
-            "target's vocabulary; use another, or --draft scratch."
+            "target's vocabulary; use another, or train one with --draft scratch."
         )
     for what, mine, other in (
         ("tile size", ours.tile_size, theirs.tile_size),
@@ -37,7 +38,7 @@ def check_pair(target: Path, draft: Path) -> None:
         if mine != other:
             raise UserError(
                 f"The draft {draft} cuts images differently from the target {target} (its {what} is not the same): "
-                "its image tokens would not line up; use another, or --draft scratch."
+                "its image tokens would not line up; use another, or train one with --draft scratch."
             )
 
 
