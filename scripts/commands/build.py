@@ -99,6 +99,7 @@ def command(
     from trtvlm.builder.trtllm_config import BuildConfig
     from trtvlm.model.checkpoint import bundled_draft, resolve_model
     from trtvlm.model.config import ModelConfig
+    from trtvlm.scripts.stopping import stoppable
 
     draft = draft if draft is not None else bundled_draft(model)
     folders = [resolve_model(name) for name in (model, draft) if name is not None]
@@ -113,8 +114,13 @@ def command(
             f"{output} would be built for SM {sm} from {', '.join(part.name for part in parts)}; nothing was written."
         )
         return
-    with _Bars(console) as bars:
-        report = build(model, output, settings, draft, bars.show)
+    with stoppable() as check, _Bars(console) as bars:
+
+        def show(part: str, what: str) -> None:
+            check()
+            bars.show(part, what)
+
+        report = build(model, output, settings, draft, show)
     console.print(_built(report))
     if report["engines"]:
         console.print(_compiled(report["engines"]))
