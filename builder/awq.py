@@ -14,9 +14,11 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from trtvlm.model.errors import UserError
-from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
+from trtvlm.plugins.int4_linear.packing import GROUP_SIZE, group_scales, quantize_int4
 
 ALPHA_STEP = 0.1
+# Of a group's largest weight, how much is kept: from all of it downwards.
+CLIP_RATIOS = tuple(1 - 0.04 * step for step in range(13))
 # The rules below are an ordered list since then.
 LEAST_MODELOPT = "0.47"
 
@@ -82,6 +84,25 @@ def shared_scale(scales: Sequence[Tensor]) -> Tensor:
     """One scale for layers that share their input: the mean, rounded to float16 as it is stored; never 0."""
     mean = torch.stack(list(scales)).mean(0)
     return mean.clamp(min=2.0**-14, max=60000.0).half().float()
+
+
+@torch.no_grad()
+def clipped_scales(weight: Tensor, importance: Tensor) -> Tensor:
+    """Scales of a weight [..., out, in] that lose least: float32 [..., out, in / 64], rounded to float16.
+
+    AWQ's clip search, group by group: the largest weights may be clipped when the others gain more. The loss of a group
+    is the sum over its inputs of importance [..., in] (the mean square of the input) times the squared error.
+    """
+    folded, importance = weight.float(), importance.float().unsqueeze(-2)
+    widest = group_scales(folded)
+    best, least = widest.half().float(), torch.full_like(widest, torch.inf)
+    for ratio in CLIP_RATIOS:
+        scales = (widest * ratio).half().float().clamp(min=2.0**-24)
+        spread = scales.repeat_interleave(GROUP_SIZE, dim=-1)
+        error = (quantize_int4(folded, scales) * spread - folded).square() * importance
+        loss = error.unflatten(-1, (-1, GROUP_SIZE)).sum(-1)
+        best, least = torch.where(loss < least, scales, best), torch.minimum(loss, least)
+    return best
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.awq import pre_quant_scales, shared_scale
+from trtvlm.builder.awq import clipped_scales, pre_quant_scales, shared_scale
 from trtvlm.builder.calibrate import embeddings
 from trtvlm.builder.stream import SafetensorsWriter
 from trtvlm.model.artifacts import EngineDir
@@ -201,7 +201,9 @@ def _write_layer(
                 torch.cat([layer.get_parameter(f"{source.format(number)}.weight") for source in fused.sources])
                 for number in range(fused.experts)
             ])  # fmt: skip
-        _write_linear(writer, prefix + fused.name, weight, kind, scales.get(fused.name))
+        scale = scales.get(fused.name)
+        importance = None if scale is None else _importance(fused, inputs, scale)
+        _write_linear(writer, prefix + fused.name, weight, kind, scale, importance)
 
 
 def _fusion_scales(layer: DecoderLayer, found: list[Fused], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,10 +225,22 @@ def _fusion_scales(layer: DecoderLayer, found: list[Fused], inputs: dict[str, Te
     return scales
 
 
+def _importance(fused: Fused, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
+    """The mean square of what each input channel carries, AWQ's scale included: [in], or of every expert [E, in]."""
+    seen = [inputs[fused.sources[0].format(number)] * scale for number in range(fused.experts or 1)]
+    squares = torch.stack([x.square().mean(0) for x in seen])
+    return squares[0] if fused.experts is None else squares
+
+
 def _write_linear(
-    writer: SafetensorsWriter, name: str, weight: Tensor, kind: Kind, scale: Tensor | None = None
+    writer: SafetensorsWriter,
+    name: str,
+    weight: Tensor,
+    kind: Kind,
+    scale: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> None:
-    """Quantize a weight [..., out, in] and write its tensors; `scale` is AWQ's [in]."""
+    """Quantize a weight [..., out, in] and write its tensors; `scale` is AWQ's [in], `importance` as `_importance`."""
     if kind == "fp16":
         writer.write(f"{name}.weight", _to_half(name, weight))
     elif kind == "int8":
@@ -235,7 +249,8 @@ def _write_linear(
         writer.write(f"{name}.{SCALES['int8']}", rows)
     else:
         folded = weight.float() if scale is None else weight.float() / scale
-        groups = int4.group_scales(folded, dtype=torch.float16)
+        rounded = int4.group_scales(folded, dtype=torch.float16)
+        groups = rounded if importance is None else clipped_scales(folded, importance)
         writer.write(f"{name}.weight", int4.pack(int4.quantize_int4(folded, groups)))
         writer.write(f"{name}.{SCALES['int4']}", groups)
         if f"{name}.{PREQUANT}" in writer.layout:

@@ -1,15 +1,17 @@
 """Train the bundled target, DeepSeek-VL2-nano, to read printed text.
 
     python -m trtvlm.scripts.train_nano --output runs/nano --minutes 24
+    torchrun --nproc-per-node 4 -m trtvlm.scripts.train_nano --output runs/nano --minutes 9
 
 Draws its own pages, follows the curriculum of trtvlm.model.pages, and continues where it stopped when run again with
-the same output. Made for one GPU; a CPU works for a trial.
+the same output. Made for one GPU, or several under torchrun; a CPU works for a trial.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import click
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,6 +94,30 @@ class Average:
         torch._foreach_lerp_([self.weights[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
 
 
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over the processes of a torchrun, in one message; alone, leave them."""
+    if not dist.is_initialized():
+        return
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def agree(value: float, device: torch.device) -> float:
+    """The first process's value, in all of them."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
 def loss_of(
     model: DeepseekVL2, batch: PageBatch, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +187,7 @@ def evaluate(model: DeepseekVL2, batches: PageBatches, device: torch.device, cou
 @click.option(
     "--minutes", type=float, default=24.0, show_default=True, help="Training time in all, earlier runs counted in."
 )
-@click.option("--workers", type=int, default=15, show_default=True, help="Processes that draw pages.")
+@click.option("--workers", type=int, default=15, show_default=True, help="Processes that draw pages, for each GPU.")
 @click.option("--lr", type=float, default=1.5e-3, show_default=True, help="Peak learning rate.")
 @click.option(
     "--init", type=click.Path(path_type=Path), default=None, help="Begin with the weights of this checkpoint."
@@ -185,13 +212,19 @@ def main(
     """Train, evaluate, save."""
     from dataclasses import replace
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.set_float32_matmul_precision("high")
     output.mkdir(parents=True, exist_ok=True)
+    folder = output / (f"processor.{rank}" if rank else "processor")
     state_file, log_file = output / "state.pt", output / "training_log.jsonl"
     model = DeepseekVL2(nano_config())
-    prompts = processor_folder(output / "processor", model.config)
+    prompts = processor_folder(folder, model.config)
     initialise(model, seed)
     if init is not None:
         CheckpointReader(init).load_into(model, "")
@@ -209,9 +242,12 @@ def main(
         average.weights = state["average"]
         step, spent, epoch = state["step"], state["spent"], state["epoch"] + 1
         print(f"resuming at step {step}, {spent / 60:.1f} minutes in", flush=True)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
+    if not rank:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}", flush=True)
 
     def checkpoint() -> None:
+        if rank:
+            return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.weights}
         torch.save(state | {"step": step, "spent": spent, "epoch": epoch}, output / "state.tmp")
         (output / "state.tmp").replace(state_file)
@@ -223,7 +259,7 @@ def main(
             layer.forward_train = torch.compile(layer.forward_train, dynamic=True)  # type: ignore[arg-type, assignment]
     stages = tuple(replace(s, batch_tokens=int(s.batch_tokens * batch_scale)) for s in CURRICULUM)
     stage = start_stage if start_stage is not None else stage_at(spent / 60 / minutes)
-    batches = PageBatches(prompts, seed, epoch, workers, stage, stages)
+    batches = PageBatches(prompts, seed + 100_003 * rank, epoch, workers, stage, stages)
     log = log_file.open("a", encoding="utf-8")
     decay_from = 0.55
     last, seen, pages, first = time.monotonic(), 0, 0, step
@@ -240,6 +276,7 @@ def main(
             group["lr"] = learning_rate(progress, step, lr, decay_from)
         loss, balance, right = loss_of(model, batch, device, dtype)
         (loss + BALANCE_WEIGHT * balance).backward()
+        average_gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if bool(torch.isfinite(norm)):
             optimizer.step()
@@ -268,15 +305,20 @@ def main(
                 "tokens_s": int(seen / elapsed),
                 "pages_s": int(pages / elapsed),
             }
-            print(json.dumps(row), file=log, flush=True)
-            if step % 200 == 0:
-                print(json.dumps(row), flush=True)
-            spent += elapsed
+            if not rank:
+                print(json.dumps(row), file=log, flush=True)
+                if step % 200 == 0:
+                    print(json.dumps(row), flush=True)
+            spent = agree(spent + elapsed, device)
             last, seen, pages, running = now, 0, 0, []
             if now - saved > 120:
                 checkpoint()
                 saved = now
     checkpoint()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(average.weights[name])

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import tiny_checkpoint
-from trtvlm.builder.awq import pre_quant_scales
+from trtvlm.builder.awq import clipped_scales, pre_quant_scales
 from trtvlm.builder.calibrate import Sample, embeddings, prepare, read_samples
 from trtvlm.builder.quantize import FEW_TOKENS, Seen, quantize_language
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
@@ -214,6 +214,23 @@ def test_awq_beats_rounding_where_channels_differ() -> None:
         return float((x @ (rounded - weight).T).norm())
 
     assert error(weight / scale, scale) < 0.7 * error(weight, torch.ones(128))
+
+
+def test_clipping_never_loses_and_mostly_gains() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 32, 128, generator=generator)
+    weight[0, 0, :64] = 0.0
+    importance = torch.rand(3, 128, generator=generator) + 0.1
+
+    def losses(scales: torch.Tensor) -> torch.Tensor:
+        error = packing.dequantize(packing.pack(packing.quantize_int4(weight, scales)), scales) - weight
+        return (error.square() * importance.unsqueeze(1)).unflatten(-1, (-1, 64)).sum(-1)
+
+    clipped = clipped_scales(weight, importance)
+    assert torch.equal(clipped, clipped.half().float())
+    rounded, found = losses(packing.group_scales(weight, dtype=torch.float16)), losses(clipped)
+    assert (found <= rounded).all()
+    assert found.sum() < 0.95 * rounded.sum()
 
 
 def test_experts_few_tokens_reach_are_calibrated_on_everyone_s(tmp_path: Path) -> None:
