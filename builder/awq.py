@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from packaging.version import Version
@@ -17,6 +18,8 @@ from trtvlm.model.errors import UserError
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE, group_scales, quantize_int4
 
 ALPHA_STEP = 0.1
+Search = Literal["lite", "clip", "full"]
+"""What INT4 searches for: AWQ's scales; also each group's range; also codes that make up for each other's rounding."""
 # Of a group's largest weight, how much is kept: from all of it downwards.
 CLIP_RATIOS = tuple(1 - 0.04 * step for step in range(13))
 # The rules below are an ordered list since then.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trtvlm import __version__
+from trtvlm.builder.awq import Search
 from trtvlm.builder.calibrate import Sample, bundled_samples, prepare, read_samples
 from trtvlm.builder.stream import nbytes
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
@@ -47,12 +48,14 @@ class BuildSettings:
     """The command line's options and their defaults.
 
     quant: "none", "int8_wo" or "int4_awq". lm_head: "fp16", "int8" or "int4"; None is int8, or fp16 when quant is
-    none. calibration: a folder or JSONL file; None takes the project's own pages. verify_samples: held-out samples to
-    compare the quantized model with the float one on; 0 skips it. compile: also build engines.
+    none. awq: "lite", "clip" or "full", as `quantize_language`. calibration: a folder or JSONL file; None takes the
+    project's own pages. verify_samples: held-out samples to compare the quantized model with the float one on; 0 skips
+    it. compile: also build engines.
     """
 
     quant: str = "int4_awq"
     lm_head: str | None = None
+    awq: Search = "full"
     build: BuildConfig = field(default_factory=BuildConfig)
     calibration: str | None = None
     calibration_samples: int = 32
@@ -93,7 +96,8 @@ def build(
     parts = plan(model, output, settings, draft)
     started = time.monotonic()
     report: dict[str, Any] = {"model": model, "draft": parts[1].name if len(parts) > 1 else None, "quant": settings.quant,
-                              "lm_head": settings.head, "sm": settings.build.sm, "parts": {}, "engines": []}  # fmt: skip
+                              "awq": settings.awq, "lm_head": settings.head, "sm": settings.build.sm,
+                              "parts": {}, "engines": []}  # fmt: skip
     with atomic_directory(output, settings.overwrite) as folder:
         engine = EngineDir(folder)
         for part in parts:
@@ -234,7 +238,7 @@ def _quantize(part: Part, place: EngineDir, settings: BuildSettings, progress: P
         samples = prepare(_calibration(settings), processor)
     found = quantize_language(
         CheckpointReader(part.folder), part.config, place, settings.kind, settings.head, samples,
-        lambda what: progress(part.role, what),
+        lambda what: progress(part.role, what), settings.awq,
     )  # fmt: skip
     sizes = {"language": place.weights.stat().st_size, "vision": place.vision_weights.stat().st_size}
     return {"name": part.name, "bytes": sizes, "seconds": round(time.monotonic() - started, 2), **found.to_dict()}

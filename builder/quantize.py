@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.awq import clipped_scales, pre_quant_scales, shared_scale
+from trtvlm.builder.awq import Search, clipped_scales, pre_quant_scales, shared_scale
 from trtvlm.builder.calibrate import embeddings
+from trtvlm.builder.compensate import compensated_codes
 from trtvlm.builder.stream import SafetensorsWriter
 from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.attention import causal_mask
@@ -74,8 +75,12 @@ def quantize_language(
     lm_head: Kind,
     samples: list[ModelInputs],
     progress: Progress = lambda what: None,
+    awq: Search = "full",
 ) -> QuantizationReport:
     """Write `engine`'s rank0.safetensors and vision part. `samples` calibrate INT4; other kinds need none.
+
+    awq: "lite" searches AWQ's scales and rounds to nearest, as ModelOpt does; "clip" also searches how much of each
+    group's range to keep; "full" also compensates rounding errors.
 
     Calls `progress` with what comes next: the vision part, every layer, the head. Raises UserError naming a tensor that
     is missing, misshapen, not finite, or does not fit float16.
@@ -101,7 +106,7 @@ def quantize_language(
                 if isinstance(layer.mlp, MoE):
                     report.expert_tokens[index] = seen.expert_tokens
                     report.shared_calibration[index] = seen.sparse
-            _write_layer(writer, layer, index, config, kind, seen.inputs if seen else {})
+            _write_layer(writer, layer, index, config, kind, seen.inputs if seen else {}, awq)
             del layer, seen
     return report
 
@@ -186,6 +191,7 @@ def _write_layer(
     config: ModelConfig,
     kind: Kind,
     inputs: dict[str, Tensor],
+    awq: Search,
 ) -> None:
     prefix = layer_prefix(index)
     for name, (sources, dtype, _) in plain_tensors(config.language, index).items():
@@ -202,8 +208,8 @@ def _write_layer(
                 for number in range(fused.experts)
             ])  # fmt: skip
         scale = scales.get(fused.name)
-        importance = None if scale is None else _importance(fused, inputs, scale)
-        _write_linear(writer, prefix + fused.name, weight, kind, scale, importance)
+        seen = None if scale is None or awq == "lite" else _scaled_inputs(fused, inputs, scale)
+        _write_linear(writer, prefix + fused.name, weight, kind, scale, seen, awq)
 
 
 def _fusion_scales(layer: DecoderLayer, found: list[Fused], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -225,11 +231,9 @@ def _fusion_scales(layer: DecoderLayer, found: list[Fused], inputs: dict[str, Te
     return scales
 
 
-def _importance(fused: Fused, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
-    """The mean square of what each input channel carries, AWQ's scale included: [in], or of every expert [E, in]."""
-    seen = [inputs[fused.sources[0].format(number)] * scale for number in range(fused.experts or 1)]
-    squares = torch.stack([x.square().mean(0) for x in seen])
-    return squares[0] if fused.experts is None else squares
+def _scaled_inputs(fused: Fused, inputs: dict[str, Tensor], scale: Tensor) -> list[Tensor]:
+    """What the quantized layer is given, AWQ's scale included: [rows, in], one for every expert."""
+    return [inputs[fused.sources[0].format(number)] * scale for number in range(fused.experts or 1)]
 
 
 def _write_linear(
@@ -238,9 +242,10 @@ def _write_linear(
     weight: Tensor,
     kind: Kind,
     scale: Tensor | None = None,
-    importance: Tensor | None = None,
+    seen: list[Tensor] | None = None,
+    awq: Search = "lite",
 ) -> None:
-    """Quantize a weight [..., out, in] and write its tensors; `scale` is AWQ's [in], `importance` as `_importance`."""
+    """Quantize a weight [..., out, in] and write its tensors; `scale` is AWQ's [in], `seen` as `_scaled_inputs`."""
     if kind == "fp16":
         writer.write(f"{name}.weight", _to_half(name, weight))
     elif kind == "int8":
@@ -249,13 +254,27 @@ def _write_linear(
         writer.write(f"{name}.{SCALES['int8']}", rows)
     else:
         folded = weight.float() if scale is None else weight.float() / scale
-        rounded = int4.group_scales(folded, dtype=torch.float16)
-        groups = rounded if importance is None else clipped_scales(folded, importance)
-        writer.write(f"{name}.weight", int4.pack(int4.quantize_int4(folded, groups)))
+        if seen is None:
+            groups = int4.group_scales(folded, dtype=torch.float16)
+            codes = int4.quantize_int4(folded, groups)
+        else:
+            groups, codes = _searched(folded, seen, awq)
+        writer.write(f"{name}.weight", int4.pack(codes))
         writer.write(f"{name}.{SCALES['int4']}", groups)
         if f"{name}.{PREQUANT}" in writer.layout:
             stored = torch.ones(weight.shape[-1]) if scale is None else scale
             writer.write(f"{name}.{PREQUANT}", stored.half().expand(*weight.shape[:-2], -1))
+
+
+def _searched(weight: Tensor, seen: list[Tensor], awq: Search) -> tuple[Tensor, Tensor]:
+    """Scales and codes of a weight [..., out, in] that lose least on the inputs seen, one list entry an expert."""
+    stacked = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    groups = clipped_scales(stacked, torch.stack([x.square().mean(0) for x in seen]))
+    if awq == "clip":
+        codes = int4.quantize_int4(stacked, groups)
+    else:
+        codes = torch.stack([compensated_codes(*each) for each in zip(stacked, groups, seen, strict=True)])
+    return groups.view(*weight.shape[:-1], -1), codes.view(weight.shape)
 
 
 def _check_finite(module: nn.Module, prefix: str) -> None:

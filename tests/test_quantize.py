@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import tiny_checkpoint
-from trtvlm.builder.awq import clipped_scales, pre_quant_scales
+from trtvlm.builder.awq import Search, clipped_scales, pre_quant_scales
 from trtvlm.builder.calibrate import Sample, embeddings, prepare, read_samples
+from trtvlm.builder.compensate import compensated_codes
 from trtvlm.builder.quantize import FEW_TOKENS, Seen, quantize_language
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
 from trtvlm.model.artifacts import EngineDir, write_json
@@ -46,12 +47,12 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
     return make
 
 
-def _quantize(source: Path, output: Path, quant: str) -> EngineDir:
+def _quantize(source: Path, output: Path, quant: str, awq: Search = "lite") -> EngineDir:
     engine, config = EngineDir(output), ModelConfig.from_pretrained(source)
     head = "fp16" if quant == "none" else "int8"
     write_json(engine.model_config_file, config.to_dict())
     write_json(engine.config_file, engine_config(config, quant, head, BuildConfig()))  # type: ignore[arg-type]
-    quantize_language(CheckpointReader(source), config, engine, QUANTIZATIONS[quant], head, _samples(source))  # type: ignore[arg-type]
+    quantize_language(CheckpointReader(source), config, engine, QUANTIZATIONS[quant], head, _samples(source), awq=awq)  # type: ignore[arg-type]
     return engine
 
 
@@ -224,13 +225,35 @@ def test_clipping_never_loses_and_mostly_gains() -> None:
 
     def losses(scales: torch.Tensor) -> torch.Tensor:
         error = packing.dequantize(packing.pack(packing.quantize_int4(weight, scales)), scales) - weight
-        return (error.square() * importance.unsqueeze(1)).unflatten(-1, (-1, 64)).sum(-1)
+        lost: torch.Tensor = (error.square() * importance.unsqueeze(1)).unflatten(-1, (-1, 64)).sum(-1)
+        return lost
 
     clipped = clipped_scales(weight, importance)
     assert torch.equal(clipped, clipped.half().float())
     rounded, found = losses(packing.group_scales(weight, dtype=torch.float16)), losses(clipped)
     assert (found <= rounded).all()
     assert found.sum() < 0.95 * rounded.sum()
+
+
+def test_compensated_rounding_keeps_the_products_of_correlated_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 128, generator=generator)
+    scales = packing.group_scales(weight, dtype=torch.float16)
+    x = torch.randn(512, 24, generator=generator) @ torch.randn(24, 128, generator=generator)
+    x += 0.3 * torch.randn(512, 128, generator=generator)
+
+    def loss(codes: torch.Tensor) -> float:
+        rounded = packing.dequantize(packing.pack(codes), scales)
+        return float((x @ (rounded - weight).t()).square().mean())
+
+    assert loss(compensated_codes(weight, scales, x)) < 0.5 * loss(packing.quantize_int4(weight, scales))
+
+
+def test_compensation_has_nothing_to_do_for_independent_inputs() -> None:
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    scales = packing.group_scales(weight, dtype=torch.float16)
+    for x in (torch.eye(128), torch.zeros(4, 128)):
+        assert torch.equal(compensated_codes(weight, scales, x), packing.quantize_int4(weight, scales))
 
 
 def test_experts_few_tokens_reach_are_calibrated_on_everyone_s(tmp_path: Path) -> None:

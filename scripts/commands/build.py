@@ -34,6 +34,14 @@ if TYPE_CHECKING:
     help="How the LM head is stored. By default int8, and fp16 with --quant none.",
 )
 @click.option(
+    "--awq",
+    type=click.Choice(["lite", "clip", "full"]),
+    default="full",
+    show_default=True,
+    help="What INT4 searches: AWQ's scales (lite), also each group's range (clip), and codes that make up for "
+    "each other's rounding (full). Each takes longer and loses less.",
+)
+@click.option(
     "--calibration",
     metavar="FOLDER|JSONL",
     help="Samples for AWQ: a folder of images (each perhaps with its text in a .txt), or a file of "
