@@ -59,12 +59,17 @@ class Source(Protocol):
 
 
 class Pages:
-    """Pages drawn by worker processes along the curriculum; held out are bundled samples."""
+    """Pages drawn by worker processes along the curriculum; held out are bundled samples.
+
+    from_scratch: begin with single lines; a draft that reads already gets whole pages at once.
+    """
 
     keyed = False
 
-    def __init__(self, folder: Path, batch_tokens: int, seed: int, workers: int, held_out: int) -> None:
-        self.folder, self.seed, self.workers = folder, seed, workers
+    def __init__(
+        self, folder: Path, batch_tokens: int, seed: int, workers: int, held_out: int, from_scratch: bool = True
+    ) -> None:
+        self.folder, self.seed, self.workers, self.from_scratch = folder, seed, workers, from_scratch
         largest = max(stage.batch_tokens for stage in CURRICULUM)
         self.stages = tuple(
             replace(stage, batch_tokens=stage.batch_tokens * batch_tokens // largest) for stage in CURRICULUM
@@ -76,7 +81,7 @@ class Pages:
 
     def stage(self, progress: float) -> int:
         """See Source."""
-        return stage_at(progress)
+        return stage_at(progress if self.from_scratch else 1.0)
 
     def batches(self, segment: int, stage: int, drawn: int) -> Iterator[PageBatch]:
         """See Source. Every segment draws new pages: its number is part of the seed."""
@@ -117,16 +122,24 @@ class Records:
 
 
 def open_source(
-    data: str, folder: Path, batch_tokens: int, seed: int, workers: int, held_out: int, prompt: str | None
+    data: str,
+    folder: Path,
+    batch_tokens: int,
+    seed: int,
+    workers: int,
+    held_out: int,
+    prompt: str | None,
+    from_scratch: bool = True,
 ) -> Source:
     """The source `data` names: "pages", a JSONL file or a folder of images.
 
     folder: the target's, for its tokenizer and configuration. held_out: records kept for measuring, at most.
+    from_scratch: the draft has read nothing yet.
 
     Raises UserError when `data` is none of these, holds nothing, or a record of it cannot be read.
     """
     if data == PAGES:
-        return Pages(folder, batch_tokens, seed, workers, held_out)
+        return Pages(folder, batch_tokens, seed, workers, held_out, from_scratch)
     return Records(read_records(data, prompt), folder, batch_tokens, seed, workers, held_out)
 
 

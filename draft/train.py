@@ -130,8 +130,9 @@ def train(
     accelerator = _accelerator(settings)
     set_seed(settings.seed)
     source = open_source(
-        data, target_folder, settings.batch_tokens, settings.seed, _workers(settings), settings.held_out, prompt
-    )
+        data, target_folder, settings.batch_tokens, settings.seed, _workers(settings), settings.held_out, prompt,
+        from_scratch=draft_folder is None,
+    )  # fmt: skip
     learner = load_model(draft_folder) if draft_folder else scratch_draft(small, settings.seed)
     run = Training(
         accelerator,

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from trtvlm.model.config import LanguageConfig, ModelConfig, ProjectorConfig, Vi
 from trtvlm.model.pages.batches import PageBatch, PageBatches, to_float
 from trtvlm.model.pages.curriculum import CURRICULUM, stage_at
 from trtvlm.model.vlm import DeepseekVL2
+from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
+from trtvlm.plugins.quantized_checkpoint import linears
 
 TOKENIZER = Path(__file__).parent.parent / "model" / "nano" / "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json")
@@ -76,6 +79,44 @@ def processor_folder(folder: Path, config: ModelConfig) -> Path:
     for name in TOKENIZER_FILES:
         shutil.copy(TOKENIZER / name, folder / name)
     return folder
+
+
+class Int4Rounding:
+    """Rounds the weights that an INT4 engine rounds, for one step: the gradient at the rounded weights moves the others.
+
+    A model trained so loses little when it is quantized (straight-through estimator, arXiv 1308.3432).
+    """
+
+    def __init__(self, model: DeepseekVL2) -> None:
+        names = {
+            source.format(expert) + ".weight"
+            for index in range(model.config.language.num_hidden_layers)
+            for fused in linears(model.config.language, index)
+            for source in fused.sources
+            for expert in range(fused.experts or 1)
+        }
+        self.weights: list[Tensor] = [
+            p for n, p in model.language.model.layers.named_parameters() if n.partition(".")[2] in names
+        ]
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self._kept = [weight.detach().clone() for weight in self.weights]
+        torch._foreach_copy_(self.weights, [_rounded(weight) for weight in self.weights])
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        torch._foreach_copy_(self.weights, self._kept)
+        self._kept = []
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """The nearest weight that INT4 holds, with scales of the whole range of each group."""
+    groups = weight.unflatten(-1, (-1, GROUP_SIZE))
+    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 7
+    rounded: Tensor = (groups / scales).round() * scales
+    return rounded.flatten(-2)
 
 
 @dataclass
@@ -195,6 +236,13 @@ def evaluate(model: DeepseekVL2, batches: PageBatches, device: torch.device, cou
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=False, help="Compile the layers with torch.compile.")
 @click.option("--batch-scale", type=float, default=1.0, show_default=True, help="Multiplies the tokens of a batch.")
+@click.option(
+    "--int4-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of the steps taken with INT4 weights, so that quantizing costs less.",
+)
 @click.option("--max-steps", type=int, default=None, help="Stop after so many steps of this run (for a trial).")
 @click.option("--start-stage", type=int, default=None, help="Begin in this stage of the curriculum (for a trial).")
 def main(
@@ -206,6 +254,7 @@ def main(
     seed: int,
     compiled: bool,
     batch_scale: float,
+    int4_share: float,
     max_steps: int | None,
     start_stage: int | None,
 ) -> None:
@@ -260,6 +309,7 @@ def main(
     stages = tuple(replace(s, batch_tokens=int(s.batch_tokens * batch_scale)) for s in CURRICULUM)
     stage = start_stage if start_stage is not None else stage_at(spent / 60 / minutes)
     batches = PageBatches(prompts, seed + 100_003 * rank, epoch, workers, stage, stages)
+    rounding = Int4Rounding(model)
     log = log_file.open("a", encoding="utf-8")
     decay_from = 0.55
     last, seen, pages, first = time.monotonic(), 0, 0, step
@@ -274,8 +324,9 @@ def main(
         batch = batch.to(device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, step, lr, decay_from)
-        loss, balance, right = loss_of(model, batch, device, dtype)
-        (loss + BALANCE_WEIGHT * balance).backward()
+        with rounding if int4_share and step % round(1 / int4_share) == 0 else nullcontext():
+            loss, balance, right = loss_of(model, batch, device, dtype)
+            (loss + BALANCE_WEIGHT * balance).backward()
         average_gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if bool(torch.isfinite(norm)):
