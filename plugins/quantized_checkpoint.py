@@ -289,6 +289,16 @@ def load_quantized_packed(folder: str | Path) -> DeepseekVL2:
     return model.eval().requires_grad_(False)
 
 
+def load_vision(engine: EngineDir) -> DeepseekVL2:
+    """The model without its language part, in float16: what turns tiles into image tokens. UserError: it is not whole."""
+    with torch.device("meta"):
+        model = DeepseekVL2(engine.model_config())
+    model.language = nn.Identity()  # type: ignore[assignment]
+    model = model.half().to_empty(device="cpu")
+    _load_vision(model, engine)
+    return model.eval().requires_grad_(False)
+
+
 def _load_vision(model: DeepseekVL2, engine: EngineDir) -> None:
     try:
         with safe_open(str(engine.vision_weights), framework="pt") as file, torch.no_grad():

@@ -13,7 +13,7 @@ from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.checkpoint import bundled_draft, load_model, resolve_model
 from trtvlm.model.errors import UserError
 from trtvlm.model.processor import Processor
-from trtvlm.plugins.quantized_checkpoint import load_quantized
+from trtvlm.plugins.quantized_checkpoint import ALGORITHMS, load_quantized
 from trtvlm.plugins.replace import for_cpu
 from trtvlm.runtime.torch_executor import TorchExecutor
 
@@ -72,8 +72,16 @@ def _pair(name: str, target: Executor, draft: Executor | None, processor: Proces
 
 
 def _load_engine(engine: EngineDir, device: str) -> Executor:
-    build = engine.config()["build_config"]
-    return _executor(load_quantized(engine.path), device, int(build["max_seq_len"]))
+    config = engine.config()
+    limit = int(config["build_config"]["max_seq_len"])
+    if (
+        device.startswith("cuda")
+        and config["pretrained_config"]["quantization"]["quant_algo"] == ALGORITHMS["int4_awq"]
+    ):
+        from trtvlm.runtime.cuda.executor import CudaExecutor
+
+        return CudaExecutor(engine.path, device, limit)
+    return _executor(load_quantized(engine.path), device, limit)
 
 
 def _load_model(model: str, device: str, max_length: int | None) -> Executor:

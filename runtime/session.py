@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trtvlm.model.errors import UserError
+from trtvlm.plugins.speculative_accept.state import Start
 from trtvlm.runtime.lane import Lane
 from trtvlm.runtime.result import FinishReason, Result
 from trtvlm.runtime.sampling import Sampler
@@ -133,7 +135,7 @@ class Session:
         room = self.engine.target.max_length - len(inputs.input_ids)
         left = min(request.max_new_tokens, room) - 1
         draft = self._fill_draft(request, inputs, tally, checkpoint) if left > 1 else None
-        steps = speculate(
+        steps = self._graphed(request, inputs, draft, first, left) or speculate(
             self.engine.target,
             draft,
             first,
@@ -153,6 +155,22 @@ class Session:
             tally.drafted += step.drafted
             tally.accepted += step.accepted
             yield step
+
+    def _graphed(
+        self, request: Request, inputs: ModelInputs, draft: Executor | None, first: int, left: int
+    ) -> Iterator[Step] | None:
+        """The steps of executors that run them whole on the device; None for the others."""
+        begin = getattr(self.engine.target, "steps", None)
+        if begin is None or left < 1:
+            return None
+        # On the device a request without a seed needs one, too.
+        seed = request.seed if request.seed is not None else secrets.randbits(63)
+        start = Start(
+            int(inputs.input_ids[-1]), first, len(inputs.input_ids), left, self.processor.eos_id, seed,
+            request.temperature, request.top_p,
+        )  # fmt: skip
+        steps: Iterator[Step] = begin(draft, start, request.draft_tokens)
+        return steps
 
     def _fill_draft(
         self, request: Request, inputs: ModelInputs, tally: _Tally, checkpoint: Callable[[], None]

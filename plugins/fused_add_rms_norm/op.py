@@ -1,4 +1,4 @@
-"""torch.ops.trtvlm.fused_add_rms_norm; every device runs the reference until it has a kernel."""
+"""torch.ops.trtvlm.fused_add_rms_norm; CUDA has a kernel, other devices run the reference."""
 
 import torch
 from torch import Tensor
@@ -17,3 +17,15 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     require(x.shape == residual.shape, f"x is {tuple(x.shape)}, the residual {tuple(residual.shape)}")
     return torch.empty_like(x), torch.empty_like(x)
+
+
+@fused_add_rms_norm.register_kernel("cuda")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from trtvlm.plugins.fused_add_rms_norm import cuda
+
+    if not cuda.supports(x) or residual.dtype != x.dtype:
+        return reference.fused_add_rms_norm(x, residual, weight, eps)
+    x = x.contiguous()
+    normalised, added = torch.empty_like(x), torch.empty_like(x)
+    cuda.fused_add_rms_norm(x, residual.contiguous(), weight.to(x.dtype).contiguous(), eps, normalised, added)
+    return normalised, added

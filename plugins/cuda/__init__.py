@@ -1,0 +1,1 @@
+"""CUDA C++ kernels: compiled at run time for the device's own architecture, cached on disk, launched on torch's stream."""

@@ -1,0 +1,142 @@
+// What every kernel uses: fixed-width types, half arithmetic on packed registers, tensor-core products, warp reductions.
+// Written with SM 8.0 instructions only, and without CUDA's headers, so that NVRTC alone compiles it.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;  // one half
+typedef unsigned int u32;    // two halves, the first one in the low bits
+typedef unsigned long long u64;
+typedef signed char i8;
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE int lane_id() { return threadIdx.x & 31; }
+DEVICE int warp_id() { return threadIdx.x >> 5; }
+
+// ---- halves -------------------------------------------------------------------------------------------------------
+
+DEVICE float half_to_float(u16 value) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value));
+    return out;
+}
+
+DEVICE u16 float_to_half(float value) {
+    u16 out;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
+    return out;
+}
+
+DEVICE u32 pack_halves(u16 low, u16 high) { return u32(low) | u32(high) << 16; }
+DEVICE u32 floats_to_halves(float low, float high) { return pack_halves(float_to_half(low), float_to_half(high)); }
+DEVICE float low_half(u32 pair) { return half_to_float(u16(pair)); }
+DEVICE float high_half(u32 pair) { return half_to_float(u16(pair >> 16)); }
+
+DEVICE u32 half2_sub(u32 a, u32 b) {
+    u32 out;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+DEVICE u32 half2_mul(u32 a, u32 b) {
+    u32 out;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
+    u32 out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+// (a & mask) | bits, in one instruction.
+template <u32 mask, u32 bits>
+DEVICE u32 and_or(u32 a) {
+    u32 out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "n"(mask), "n"(bits));
+    return out;
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+// Weights are read once: past L1, and first out of L2.
+DEVICE uint4 load_stream(const uint4* address) {
+    uint4 out;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+                 : "l"(address));
+    return out;
+}
+
+DEVICE u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+
+// 16 bytes from global to shared memory without passing through registers; `bytes` 0 writes zeros instead.
+DEVICE void copy_async(void* to, const void* from, int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
+template <int pending>
+DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending));
+}
+
+// Weights that a later launch will read, brought into L2 while this one leaves the memory idle.
+struct Ahead {
+    const char* start[4];
+    int bytes[4];
+};
+
+// Part `part` of `parts` blocks; a line of 128 bytes a thread at a time.
+DEVICE void fetch_ahead(const Ahead& ahead, int part, int parts) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        for (int at = (part * blockDim.x + threadIdx.x) * 128; at < ahead.bytes[i]; at += parts * blockDim.x * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(ahead.start[i] + at));
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------------------------
+
+// c += a * b for a tile of 16 x 8 x 16, halves in, floats out (PTX ISA, mma.m16n8k16). With g = lane / 4, t = lane % 4:
+// a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t, 2t+1], a[2] = A[g][2t+8, 2t+9], a[3] = A[g+8][2t+8, 2t+9];
+// b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, 2t+9][g];
+// c[0] = C[g][2t], c[1] = C[g][2t+1], c[2] = C[g+8][2t], c[3] = C[g+8][2t+1].
+// Every column of C depends on its own column of B only, and always in the same order: that is what makes a row's
+// result independent of its neighbours.
+DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of halves; lane i gives the address of row i % 8 of matrix i / 8.
+DEVICE void load_matrices(u32 (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row)));
+}
+
+DEVICE void load_matrices_transposed(u32 (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row)));
+}
+
+// ---- reductions ---------------------------------------------------------------------------------------------------
+
+// Sum over the warp, the same in every lane; the order is fixed.
+DEVICE float warp_sum(float value) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    return value;
+}
+
+DEVICE float warp_max(float value) {
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    return value;
+}
+
+DEVICE float silu(float x) { return x / (1.0f + __expf(-x)); }

@@ -1,0 +1,80 @@
+"""Kernels as Python callables that launch on torch's current stream, capturable in a CUDA graph."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trtvlm.plugins.cuda.compiler import cubin
+
+Defines = tuple[tuple[str, int | float], ...]
+
+
+def defines(**values: int | float) -> Defines:
+    """Macros of a kernel (HIDDEN=2048), in a form that can be the key of a cache."""
+    return tuple(sorted(values.items()))
+
+
+class Kernel:
+    """One `extern "C" __global__` function. Tensors are passed as pointers, ints as int, floats as float."""
+
+    def __init__(self, path: str, name: str, macros: Defines, arch: str) -> None:
+        from cuda.core import ObjectCode
+
+        self.name = name
+        self._module = ObjectCode.from_cubin(cubin(path, macros, arch))
+        self._kernel = self._module.get_kernel(name)
+        self._shared = 0
+
+    def __call__(
+        self, grid: tuple[int, ...], block: int, *arguments: Tensor | int | float | None, shared: int = 0
+    ) -> None:
+        """Launch. `shared`: dynamic shared memory in bytes. None is a null pointer."""
+        from cuda.core import LaunchConfig, launch
+
+        if shared > max(self._shared, 48 * 1024):
+            _allow_shared(self._kernel, shared)
+            self._shared = shared
+        config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
+        launch(_stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *map(_argument, arguments))
+
+
+@cache
+def kernel(path: str, name: str, macros: Defines = (), device: int | None = None) -> Kernel:
+    """The kernel `name` of plugins/<path> under these macros, compiled for the current device (or `device`)."""
+    # torch's context must be current before anything is loaded into it.
+    torch.cuda.init()
+    torch.cuda.current_stream(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(path, name, macros, f"sm_{major}{minor}")
+
+
+def _argument(value: Tensor | int | float | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if value is None:
+        return 0
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value)
+
+
+@lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    from cuda.core import Device, Stream
+
+    Device(torch.cuda.current_device()).set_current()
+    return Stream.from_handle(handle)
+
+
+def _allow_shared(kernel: Any, size: int) -> None:
+    """Kernels must ask for more than 48 KB of shared memory."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    handle = driver.CUkernel(int(kernel.handle)) if hasattr(driver, "CUkernel") else kernel.handle
+    (status,) = driver.cuKernelSetAttribute(attribute, size, handle, driver.CUdevice(torch.cuda.current_device()))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{size} bytes of shared memory were refused: {status}")

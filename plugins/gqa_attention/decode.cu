@@ -1,0 +1,172 @@
+// Attention over cached keys and values for 1 to 16 new rows in two launches: attend over chunks of positions (which also
+// rotates, and appends to the caches), combine. Positions are cut in chunks from 0 on, whatever the rows.
+// Macros: HEADS, KV_HEADS, WIDTH (of a head).
+#include "attention.cuh"
+
+constexpr int GROUP = HEADS / KV_HEADS;  // query heads that share a key head
+constexpr int ROWS = 8;                  // rows of the step a block takes
+constexpr int CHUNK = 64;                // positions
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int STRIDE = WIDTH + 8;
+constexpr int WEIGHT_STRIDE = CHUNK + 8, SCORE_STRIDE = CHUNK + 4;
+constexpr int PAIRS = WIDTH / 2;
+constexpr int MOST_CHUNKS = 64;
+static_assert(HEADS % KV_HEADS == 0 && GROUP * ROWS <= 16 && WIDTH % 16 == 0 && WIDTH <= 128, "sizes the kernels were written for");
+static_assert(WARPS * 8 == CHUNK && STRIDE / 8 % 2 == 1, "a warp a tile of scores; padding");
+
+// A head of WIDTH halves, rotated in half-split pairs, to `to` (and `too`, if not null): one warp.
+DEVICE void rotate(const u16* from, const float* cosines, const float* sines, int position, u16* to, u16* too) {
+#pragma unroll
+    for (int pair = lane_id(); pair < PAIRS; pair += 32) {
+        const float x = half_to_float(from[pair]), y = half_to_float(from[pair + PAIRS]);
+        const float c = cosines[position * PAIRS + pair], s = sines[position * PAIRS + pair];
+        const u16 low = float_to_half(x * c - y * s), high = float_to_half(y * c + x * s);
+        to[pair] = low;
+        to[pair + PAIRS] = high;
+        if (too) too[pair] = low, too[pair + PAIRS] = high;
+    }
+}
+
+// Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. qkv half [rows, (HEADS + 2 KV_HEADS) * WIDTH], caches half [KV_HEADS, span, WIDTH],
+// tables float [positions, WIDTH / 2]; outputs float [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attend(const u16* qkv, const float* cosines, const float* sines, const int* cursor, float scale, u16* key_cache,
+           u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const char* ahead0, int bytes0, const char* ahead1, int bytes1, const char* ahead2, int bytes2,
+           const char* ahead3, int bytes3) {
+    if (blockIdx.x >= room) {
+        const Ahead ahead = {{ahead0, ahead1, ahead2, ahead3}, {bytes0, bytes1, bytes2, bytes3}};
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, blockIdx.x - room, gridDim.x - room);
+        return;
+    }
+    __shared__ __align__(16) u16 keys[CHUNK * STRIDE], values[CHUNK * STRIDE];
+    // The queries are done with when the weights come.
+    __shared__ __align__(16) u16 mine[16 * (STRIDE > WEIGHT_STRIDE ? STRIDE : WEIGHT_STRIDE)];
+    __shared__ float scores[16 * SCORE_STRIDE];
+    constexpr int ROW = (HEADS + 2 * KV_HEADS) * WIDTH;
+    const int chunk = blockIdx.x, kv_head = blockIdx.y, row0 = blockIdx.z * ROWS, first = chunk * CHUNK;
+    const int rows = less_of(ROWS, all_rows - row0), start = *cursor;
+    if (first > start + row0 + rows - 1) return;
+    // What was cached before; the new positions come out of qkv, as nobody waits for who writes them to the cache.
+    constexpr int PIECES = WIDTH / 8;
+    for (int index = threadIdx.x; index < CHUNK * PIECES; index += THREADS) {
+        const int at = index / PIECES, piece = index % PIECES, position = first + at;
+        if (position >= start && position < start + all_rows) continue;
+        const size_t from = (size_t(kv_head) * span + position) * WIDTH + piece * 8;
+        const int bytes = position < start ? 16 : 0;
+        copy_async(keys + at * STRIDE + piece * 8, key_cache + from, bytes);
+        copy_async(values + at * STRIDE + piece * 8, value_cache + from, bytes);
+    }
+    copy_commit();
+    for (int m = warp_id(); m < 16; m += WARPS) {
+        const int row = row0 + m / GROUP;
+        if (m < rows * GROUP) {
+            const u16* from = qkv + size_t(row) * ROW + (kv_head * GROUP + m % GROUP) * WIDTH;
+            rotate(from, cosines, sines, start + row, mine + m * STRIDE, nullptr);
+        } else {
+            for (int i = lane_id(); i < WIDTH; i += 32) mine[m * STRIDE + i] = 0;
+        }
+    }
+    for (int row = warp_id(); row < all_rows; row += WARPS) {
+        const int position = start + row, at = position - first;
+        if (at < 0 || at >= CHUNK) continue;
+        const u16* key = qkv + size_t(row) * ROW + (HEADS + kv_head) * WIDTH;
+        const u16* value = key + KV_HEADS * WIDTH;
+        const size_t to = (size_t(kv_head) * span + position) * WIDTH;
+        const bool writes = blockIdx.z == 0;
+        rotate(key, cosines, sines, position, keys + at * STRIDE, writes ? key_cache + to : nullptr);
+        for (int i = lane_id(); i < WIDTH; i += 32) {
+            values[at * STRIDE + i] = value[i];
+            if (writes) value_cache[to + i] = value[i];
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+
+    const int g = lane_id() >> 2, t = lane_id() & 3;
+    float score[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int step = 0; step < WIDTH / 16; ++step) {
+        u32 a[4], b0, b1;
+        load_a(a, mine + step * 16, STRIDE);
+        load_b(b0, b1, keys + warp_id() * 8 * STRIDE + step * 16, STRIDE);
+        mma_16x8x16(score, a, b0, b1);
+    }
+    float* at = scores + warp_id() * 8 + 2 * t;
+    at[g * SCORE_STRIDE] = score[0];
+    at[g * SCORE_STRIDE + 1] = score[1];
+    at[(g + 8) * SCORE_STRIDE] = score[2];
+    at[(g + 8) * SCORE_STRIDE + 1] = score[3];
+    __syncthreads();
+
+    u16* weights = mine;
+#pragma unroll
+    for (int i = 0; i < 16 / WARPS; ++i) {
+        const int m = warp_id() * (16 / WARPS) + i, row = row0 + m / GROUP, seen = start + row + 1;
+        float score[2], peak = MINUS_INFINITY, sum = 0.f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int position = lane_id() + 32 * half;
+            score[half] = first + position < seen ? scores[m * SCORE_STRIDE + position] * scale : MINUS_INFINITY;
+            peak = fmaxf(peak, score[half]);
+        }
+        peak = warp_max(peak);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const u16 weight = float_to_half(exp2f(score[half] - peak));
+            weights[m * WEIGHT_STRIDE + lane_id() + 32 * half] = weight;
+            sum += half_to_float(weight);
+        }
+        sum = warp_sum(sum);
+        if (lane_id() == 0 && m < rows * GROUP)
+            shares[(size_t(row) * chunks + chunk) * HEADS + kv_head * GROUP + m % GROUP] = Share{peak, sum};
+    }
+    __syncthreads();
+
+    u32 a[CHUNK / 16][4];
+#pragma unroll
+    for (int step = 0; step < CHUNK / 16; ++step) load_a(a[step], weights + step * 16, WEIGHT_STRIDE);
+#pragma unroll
+    for (int tile = warp_id(); tile < WIDTH / 8; tile += WARPS) {
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int part = 0; part < CHUNK / 32; ++part) {
+            u32 b[4];
+            load_b_transposed(b, values + part * 32 * STRIDE + tile * 8, STRIDE);
+            mma_16x8x16(sum, a[2 * part], b[0], b[1]);
+            mma_16x8x16(sum, a[2 * part + 1], b[2], b[3]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int m = g + 8 * half;
+            if (m < rows * GROUP) {
+                const int row = row0 + m / GROUP, head = kv_head * GROUP + m % GROUP;
+                float* to = outputs + ((size_t(row) * chunks + chunk) * HEADS + head) * WIDTH + tile * 8 + 2 * t;
+                *reinterpret_cast<float2*>(to) = float2{sum[2 * half], sum[2 * half + 1]};
+            }
+        }
+    }
+}
+
+constexpr int COMBINE_WARPS = 4;
+constexpr int PIECE = WIDTH < 64 ? WIDTH : 64;  // columns a warp puts together
+constexpr int PARTS = (WIDTH + PIECE - 1) / PIECE;
+
+// A warp a row, head and piece of its columns. out half [rows, HEADS * WIDTH]. `room`: chunks that the step's span has.
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
+    combine(const float* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int room, int rows) {
+    const int unit = blockIdx.x * COMBINE_WARPS + warp_id();
+    if (unit >= rows * HEADS * PARTS) return;
+    const int head = unit / PARTS % HEADS, row = unit / (PARTS * HEADS), lane = lane_id() & 15;
+    const int count = (*cursor + row) / CHUNK + 1;
+    const size_t at = size_t(row) * chunks * HEADS + head;
+    // The last columns again where a piece ends early.
+    const int column = unit % PARTS * PIECE + 4 * lane, last = WIDTH - 4;
+    const int back = column > last ? column - last : 0;
+    const float4 mean =
+        merge_chunks<MOST_CHUNKS>(shares + at, HEADS, outputs + at * WIDTH + column - 4 * lane - back, HEADS * WIDTH, count, room);
+    if (lane_id() < 16 && !back) {
+        uint2 halves;
+        halves.x = floats_to_halves(mean.x, mean.y), halves.y = floats_to_halves(mean.z, mean.w);
+        *reinterpret_cast<uint2*>(out + size_t(row) * HEADS * WIDTH + head * WIDTH + column) = halves;
+    }
+}

@@ -1,0 +1,81 @@
+"""Attention of 1 to 16 new rows over cached keys and values on the device, in two launches; capturable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtvlm.plugins.cuda.ahead import BLOCKS, MOST, Ahead
+from trtvlm.plugins.cuda.launch import defines, kernel
+
+SOURCE = "gqa_attention/decode.cu"
+CHUNK, ROWS = 64, 8
+MOST_POSITIONS = 64 * CHUNK
+_WARPS, _COMBINE_WARPS = 8, 4
+
+
+@dataclass(frozen=True)
+class GQAWorkspace:
+    """Buffers of a step: each chunk's outputs and shares for every row and head."""
+
+    outputs: Tensor
+    shares: Tensor
+    chunks: int
+
+    @classmethod
+    def allocate(cls, rows: int, positions: int, heads: int, width: int, device: torch.device | str) -> GQAWorkspace:
+        """Room for `rows` rows over `positions` cached positions. ValueError: more than the kernels merge."""
+        if positions > MOST_POSITIONS:
+            raise ValueError(f"the attention kernels merge at most {MOST_POSITIONS} positions, not {positions}")
+        chunks = -(-positions // CHUNK)
+        outputs = torch.empty(rows * chunks, heads, width, device=device)
+        return cls(outputs, torch.empty(rows * chunks, heads, 2, device=device), chunks)
+
+
+def gqa_decode(
+    qkv: Tensor,
+    heads: int,
+    rope: tuple[Tensor, Tensor],
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cursor: Tensor,
+    out: Tensor,
+    workspace: GQAWorkspace,
+    rows: int,
+    span: int,
+    coming: Ahead = (None, 0) * MOST,
+) -> None:
+    """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
+
+    qkv half [rows, (heads + 2 * kv_heads) * d] as projected, rope: float32 tables [positions, d / 2], out half [rows,
+    heads * d]. span: positions that the cursor and the rows stay within. coming: weights that
+    later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 2 query heads a key head, or
+    heads wider than 128.
+    """
+    kv_heads, positions, width = key_cache.shape
+    if heads // kv_heads > 2 or width > 128 or width % 16:
+        raise ValueError(f"the kernel takes up to 2 heads a key head of 16 to 128, not {heads // kv_heads} of {width}")
+    macros = defines(HEADS=heads, KV_HEADS=kv_heads, WIDTH=width)
+    chunks = workspace.chunks
+    scale = width**-0.5 * math.log2(math.e)
+    room = min(chunks, -(-span // CHUNK))
+    extra = 0 if coming[0] is None else BLOCKS
+    kernel(SOURCE, "attend", macros)(
+        (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, qkv, *rope, cursor, scale, key_cache, value_cache, positions,
+        workspace.outputs, workspace.shares, chunks, rows, room, *coming,
+    )  # fmt: skip
+    units = rows * heads * -(-width // 64)
+    kernel(SOURCE, "combine", macros)(
+        (-(-units // _COMBINE_WARPS),),
+        32 * _COMBINE_WARPS,
+        workspace.outputs,
+        workspace.shares,
+        cursor,
+        out,
+        chunks,
+        room,
+        rows,
+    )

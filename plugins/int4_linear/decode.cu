@@ -1,0 +1,191 @@
+// y = x @ W^T for 1 to 16 activation rows. A block takes a few row tiles of the weight and all inputs; its warps share the
+// inputs (slice.cuh). Macros: IN_FEATURES, BLOCK_WARPS; row tiles of each kind and how many a block takes: INT4_TILES, HALF_TILES,
+// INT4_BLOCK, HALF_BLOCK (with GATED_OUT pairs of tiles: up and gate); NORMALISED: x is the residual stream, to be
+// normalised; PRE_SCALED: INT4 inputs are multiplied by pre_quant_scale; EPILOGUE: what becomes of y.
+#include "int4_linear/slice.cuh"
+#include "int4_linear/weights.cuh"
+
+constexpr int INPUTS = IN_FEATURES, WARPS = BLOCK_WARPS;
+constexpr bool SCALED = PRE_SCALED;
+
+constexpr int HALF_OUT = 0;   // out = y
+constexpr int RESIDUAL = 1;   // residual += y, and the sums of 16 squares of it
+constexpr int GATED_OUT = 2;  // out = silu(gate) * up * next_scale; the gate's row tiles follow all the up tiles
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int PAIR = EPILOGUE == GATED_OUT ? 2 : 1;
+constexpr int INT4_COUNT = INT4_TILES / PAIR, HALF_COUNT = HALF_TILES / PAIR;  // tiles, or pairs of tiles
+constexpr int HALF_BLOCKS = (HALF_COUNT + HALF_BLOCK - 1) / HALF_BLOCK;
+using Part = Slice<INPUTS, WARPS>;
+
+DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+struct Arguments {
+    const void* x;             // half [rows, INPUTS], or float when NORMALISED
+    const float* square_sums;  // [rows, INPUTS / 16]
+    const u16* norm;           // [INPUTS]
+    float eps;
+    const u16* pre_quant_scale;  // [INPUTS]
+    u16* out;                    // GATED_OUT: [rows, tiles / 2 * 16]
+    int stride;                  // halves between rows of out
+    float* residual;             // [rows, tiles * 16]
+    float* square_sums_out;      // [rows, tiles]
+    const u16* next_scale;       // [tiles / 2 * 16] or null
+};
+
+// Bytes of shared memory a warp has, for its activations first and for its partial sums then.
+DEVICE int warp_bytes(int rows) {
+    constexpr int tiles = PAIR * larger(INT4_TILES ? INT4_BLOCK : 0, HALF_TILES ? HALF_BLOCK : 0);
+    const int staged = NORMALISED ? rows * Part::STRIDE * 2 : 0;
+    return larger(tiles * COLUMNS * PARTIAL_COLUMN * 4, staged);
+}
+
+// This lane's part of one group of the half activations, straight from global memory.
+DEVICE Activation load_direct(const u16* x, int group, bool present) {
+    Activation out = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    if (present) {
+        const u16* at = x + (lane_id() >> 2) * INPUTS + group * TILE_INPUTS + 16 * (lane_id() & 3);
+        out.first = *reinterpret_cast<const uint4*>(at);
+        out.second = *reinterpret_cast<const uint4*>(at + 8);
+    }
+    return out;
+}
+
+DEVICE void scale_by(uint4& x, const uint4& scale) {
+    x.x = half2_mul(x.x, scale.x), x.y = half2_mul(x.y, scale.y);
+    x.z = half2_mul(x.z, scale.z), x.w = half2_mul(x.w, scale.w);
+}
+
+// The tiles, or pairs of tiles, first .. first + COUNT - 1 of `count`.
+template <class Weight, int COUNT, bool SCALE>
+DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, int first, int count, int all_rows) {
+    extern __shared__ uint4 shared[];
+    constexpr int TILES = PAIR * COUNT, GROUPS = Part::GROUPS, STEPS = Part::STEPS;
+    // Registers a step needs: as many steps are under way as fit beside the rest.
+    constexpr int WEIGHT = sizeof(Weight) / 4 * TILES;
+    constexpr int STEP = NORMALISED ? WEIGHT : WEIGHT + (SCALE ? 16 : 8);
+    constexpr int DEPTH = smaller(STEPS, larger(1, (NORMALISED ? 72 : WARPS > 8 ? 72 : 88) / STEP));
+
+    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    const int bytes = warp_bytes(smaller(COLUMNS, all_rows));
+    char* own = reinterpret_cast<char*>(shared) + warp_id() * bytes;
+
+    // A block past the end computes the last tile again, and does not write it.
+    auto tile_of = [&](int r) {
+        const int item = smaller(first + r % COUNT, count - 1);
+        return r < COUNT ? item : count + item;
+    };
+    Weight weight[DEPTH][TILES];
+    auto load_weights = [&](int step) {
+        if (Part::has(step)) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+                weight[step % DEPTH][r].load(weights, scales, tile_of(r) * GROUPS + Part::group(step));
+        }
+    };
+    const bool present = (lane_id() >> 2) < rows;
+    const u16* halves = static_cast<const u16*>(a.x) + size_t(row0) * INPUTS;
+    Activation x[DEPTH];
+    Activation scale[DEPTH];
+    auto load_inputs = [&](int step) {
+        if (!NORMALISED && Part::has(step)) {
+            x[step % DEPTH] = load_direct(halves, Part::group(step), present);
+            if (SCALE) scale[step % DEPTH] = load_activation(a.pre_quant_scale, 0, Part::group(step), true);
+        }
+    };
+
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load_weights(step);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load_inputs(step);
+    // What the residual was, for the end: this thread's outputs.
+    constexpr int OUTPUTS = (COUNT * TILE_ROWS * COLUMNS + THREADS - 1) / THREADS;
+    float before[OUTPUTS];
+    if (EPILOGUE == RESIDUAL) {
+#pragma unroll
+        for (int n = 0; n < OUTPUTS; ++n) {
+            const int index = threadIdx.x + n * THREADS, at = index >> 4;
+            const int column = at / COUNT, item = first + at % COUNT;
+            before[n] = 0.f;
+            if (column < rows && item < count)
+                before[n] = a.residual[size_t(row0 + column) * count * TILE_ROWS + item * TILE_ROWS + (index & 15)];
+        }
+    }
+    if (NORMALISED) {
+        const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
+        normalise_slice<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
+                                              a.square_sums + row0 * (INPUTS / 16), a.norm, a.pre_quant_scale, rows, a.eps);
+        __syncwarp();
+    }
+
+    float sum[TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        if (Part::has(step)) {
+            Activation now = x[step % DEPTH];
+            if (NORMALISED) {
+                now = load_activation(reinterpret_cast<u16*>(own), Part::STRIDE, step, present);
+            } else if (SCALE) {
+                scale_by(now.first, scale[step % DEPTH].first);
+                scale_by(now.second, scale[step % DEPTH].second);
+            }
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
+        }
+        if (step + DEPTH < STEPS) {
+            load_weights(step + DEPTH);
+            load_inputs(step + DEPTH);
+        }
+    }
+
+    __syncwarp();  // the warp's activations were read; its sums take their place
+#pragma unroll
+    for (int r = 0; r < TILES; ++r)
+        store_partial(reinterpret_cast<float*>(own) + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
+    __syncthreads();
+
+    const float* partial = reinterpret_cast<const float*>(shared);
+#pragma unroll
+    for (int n = 0; n < OUTPUTS; ++n) {
+        const int index = threadIdx.x + n * THREADS, at = index >> 4;
+        const int column = at / COUNT, r = at % COUNT, item = first + r, output = item * TILE_ROWS + (index & 15);
+        const bool mine = column < rows && item < count;
+        const int row = row0 + column, place = (r * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        float y = mine ? sum_partials<WARPS>(partial + place, bytes / 4) : 0.f;
+        if (EPILOGUE == RESIDUAL) {
+            y += before[n];
+            float square = y * y;
+            // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
+#pragma unroll
+            for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(0xffffffffu, square, offset);
+            if (mine) {
+                a.residual[size_t(row) * count * TILE_ROWS + output] = y;
+                if ((index & 15) == 0) a.square_sums_out[row * count + item] = square;
+            }
+        } else if (mine) {
+            if (EPILOGUE == GATED_OUT) {
+                const float gate = sum_partials<WARPS>(partial + place + COUNT * COLUMNS * PARTIAL_COLUMN, bytes / 4);
+                y *= silu(gate);
+                if (a.next_scale) y *= half_to_float(a.next_scale[output]);
+            }
+            a.out[size_t(row) * a.stride + output] = float_to_half(y);
+        }
+    }
+}
+
+// Blocks of half tiles come first: they have the most to read. grid (blocks of both kinds, rows / 8), THREADS a block.
+extern "C" __global__ void __launch_bounds__(THREADS, WARPS > 8 ? 1 : 2)
+    linear(const void* x, const float* square_sums, const u16* norm, float eps, const u16* pre_quant_scale, const uint4* codes,
+           const u32* scales, const uint4* halves, u16* out, int stride, u16* half_out, int half_stride, float* residual,
+           float* square_sums_out, const u16* next_scale, int rows) {
+    Arguments a = {x, square_sums, norm, eps, pre_quant_scale, out, stride, residual, square_sums_out, next_scale};
+    const int block = blockIdx.x;
+    if (HALF_TILES && (!INT4_TILES || block < HALF_BLOCKS)) {
+        a.out = half_out;
+        a.stride = half_stride;
+        work<HalfWeight, HALF_BLOCK, false>(a, halves, nullptr, block * HALF_BLOCK, HALF_COUNT, rows);
+    } else if (INT4_TILES) {
+        work<Int4Weight, INT4_BLOCK, SCALED != 0>(a, codes, scales, (block - HALF_BLOCKS) * INT4_BLOCK, INT4_COUNT, rows);
+    }
+}

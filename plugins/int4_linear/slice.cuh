@@ -1,0 +1,111 @@
+// A block's warps share the inputs: warp w takes groups w, w + WARPS, w + 2 WARPS ... of every weight tile of the block, and
+// of the activations it needs just those; so nothing is waited for but its own loads until the sums are put together.
+// Which warp takes what depends on the number of inputs alone, never on how many activation rows there are.
+#pragma once
+#include "tiles.cuh"
+
+template <int INPUTS, int WARPS>
+struct Slice {
+    static constexpr int GROUPS = INPUTS / TILE_INPUTS;
+    static constexpr int STEPS = (GROUPS + WARPS - 1) / WARPS;  // groups of a warp, the last one perhaps missing
+    static constexpr int STRIDE = STEPS * TILE_INPUTS + ROW_PAD;  // halves between rows of a warp's activations
+
+    DEVICE static int group(int step) { return warp_id() + step * WARPS; }
+    DEVICE static bool has(int step) { return (step + 1) * WARPS <= GROUPS || group(step) < GROUPS; }
+};
+
+// Partial sums of one tile in shared memory: a float at column * PARTIAL_COLUMN + output. 20 keeps stores free of conflicts.
+constexpr int PARTIAL_COLUMN = 20;
+
+DEVICE void store_partial(float* tile, const float (&sum)[4], int columns) {
+    const int g = lane_id() >> 2, column = 2 * (lane_id() & 3);
+    if (column < columns) {
+        tile[column * PARTIAL_COLUMN + g] = sum[0];
+        tile[column * PARTIAL_COLUMN + g + 8] = sum[2];
+    }
+    if (column + 1 < columns) {
+        tile[(column + 1) * PARTIAL_COLUMN + g] = sum[1];
+        tile[(column + 1) * PARTIAL_COLUMN + g + 8] = sum[3];
+    }
+}
+
+// The sum of all warps' partial sums, warp 0 first; `stride` floats between warps.
+template <int WARPS>
+DEVICE float sum_partials(const float* partial, int stride) {
+    float total = partial[0];
+#pragma unroll
+    for (int warp = 1; warp < WARPS; ++warp) total += partial[warp * stride];
+    return total;
+}
+
+// 1 / sqrt(mean of squares + eps) of row g in lanes 4g .. 4g + 3, from the sums of 16 squares each.
+template <int INPUTS>
+DEVICE float reciprocal_rms(const float* square_sums, int rows, float eps) {
+    constexpr int quads = INPUTS / 64;
+    const int g = lane_id() >> 2, t = lane_id() & 3;
+    float sum = 0.f;
+    if (g < rows) {
+        const float4* row = reinterpret_cast<const float4*>(square_sums + g * (INPUTS / 16));
+        float4 part = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int quad = 0; quad < quads; quad += 4) {
+            if (quad + t < quads) {
+                const float4 more = row[quad + t];
+                part.x += more.x, part.y += more.y, part.z += more.z, part.w += more.w;
+            }
+        }
+        sum = (part.x + part.y) + (part.z + part.w);
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    return rsqrtf(sum * (1.0f / INPUTS) + eps);
+}
+
+// Writes this warp's slice of half(x * rms * weight * scale) to its own shared memory, row r at r * Slice::STRIDE.
+// residual [rows][INPUTS], square_sums [rows][INPUTS / 16]; the caller waits with __syncwarp.
+template <int INPUTS, int WARPS, bool SCALED>
+DEVICE void normalise_slice(u16* to, const float* residual, const float* square_sums, const u16* weight,
+                            const u16* pre_quant_scale, int rows, float eps) {
+    using Part = Slice<INPUTS, WARPS>;
+    constexpr int CHUNK = 4;  // loads under way at once: one row's whole slice up to 2,048 inputs
+    float4 value[CHUNK];
+    uint2 factor[CHUNK], scale[CHUNK];
+    const int slots = rows * Part::STEPS, quad = lane_id() & 15;  // a slot is one group of one row: 16 lanes of 4 inputs
+
+    auto load = [&](int base) {
+#pragma unroll
+        for (int c = 0; c < CHUNK; ++c) {
+            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS;
+            const int group = Part::group(slot - row * Part::STEPS);
+            if (slot < slots && group < Part::GROUPS) {
+                const int input = group * TILE_INPUTS + 4 * quad;
+                value[c] = *reinterpret_cast<const float4*>(residual + size_t(row) * INPUTS + input);
+                factor[c] = *reinterpret_cast<const uint2*>(weight + input);
+                if (SCALED) scale[c] = *reinterpret_cast<const uint2*>(pre_quant_scale + input);
+            }
+        }
+    };
+
+    load(0);
+    const float rms = reciprocal_rms<INPUTS>(square_sums, rows, eps);
+    for (int base = 0; base < slots; base += 2 * CHUNK) {
+#pragma unroll
+        for (int c = 0; c < CHUNK; ++c) {
+            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS;
+            const int step = slot - row * Part::STEPS;
+            const float r = __shfl_sync(0xffffffffu, rms, 4 * (row & 7));
+            if (slot < slots && Part::group(step) < Part::GROUPS) {
+                float x = value[c].x * r * low_half(factor[c].x), y = value[c].y * r * high_half(factor[c].x);
+                float z = value[c].z * r * low_half(factor[c].y), w = value[c].w * r * high_half(factor[c].y);
+                if (SCALED) {
+                    x *= low_half(scale[c].x), y *= high_half(scale[c].x);
+                    z *= low_half(scale[c].y), w *= high_half(scale[c].y);
+                }
+                uint2 out;
+                out.x = floats_to_halves(x, y), out.y = floats_to_halves(z, w);
+                *reinterpret_cast<uint2*>(to + row * Part::STRIDE + step * TILE_INPUTS + 4 * quad) = out;
+            }
+        }
+        load(base + 2 * CHUNK);
+    }
+}

@@ -1,0 +1,32 @@
+// A lane's part of one weight tile, as registers: load() only asks for it, multiply() waits for it.
+#pragma once
+#include "tiles.cuh"
+
+// Volatile, as load_stream: what is asked for first stays first.
+DEVICE u32 load_stream(const u32* address) {
+    u32 out;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(out) : "l"(address));
+    return out;
+}
+
+struct Int4Weight {
+    uint4 codes;
+    u32 scale;
+
+    // `tile`: row tile * groups + group.
+    DEVICE void load(const uint4* all, const u32* scales, int tile) {
+        codes = load_stream(all + size_t(tile) * 32 + lane_id());
+        scale = load_stream(scales + size_t(tile) * 8 + (lane_id() >> 2));
+    }
+    DEVICE void multiply(float (&sum)[4], const Activation& x) const { int4_tile(sum, codes, scale, x); }
+};
+
+struct HalfWeight {
+    uint4 steps[4];
+
+    DEVICE void load(const uint4* all, const u32*, int tile) {
+#pragma unroll
+        for (int step = 0; step < 4; ++step) steps[step] = load_stream(all + (size_t(tile) * 4 + step) * 32 + lane_id());
+    }
+    DEVICE void multiply(float (&sum)[4], const Activation& x) const { half_tile(sum, steps, x); }
+};

@@ -1,0 +1,443 @@
+// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the shared expert's first half),
+// experts_up (every block picks the experts for itself: waiting for another block to do it would take longer), experts_down. Rows are taken in tiles of 8 (blockIdx.y); within a tile an expert's weights are read once for all its rows.
+// Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
+// SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
+#include "int4_linear/slice.cuh"
+#include "int4_linear/weights.cuh"
+
+DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+constexpr int MOST_ENTRIES = smaller(COLUMNS * TOP_K, EXPERTS);
+// The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
+// row has it in, 4 bits a row.
+constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
+constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
+
+constexpr int ROUTE_WARPS = 8;
+constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTE_WARPS - 1) / ROUTE_WARPS;
+constexpr int QUADS = HIDDEN / 4;                  // float4 of a row
+constexpr int LANE_QUADS = (QUADS + 31) / 32;      // of them, a lane's
+constexpr int LANE_EXPERTS = (EXPERTS + 31) / 32;  // logits a lane holds
+constexpr u32 ALL = 0xffffffffu;
+constexpr float NONE = -3.0e38f;
+static_assert(EXPERTS <= 128 && TOP_K <= 15 && HIDDEN % 64 == 0 && WIDTH % 64 == 0, "sizes the kernels were written for");
+
+// ---- routing ------------------------------------------------------------------------------------------------------
+
+// One warp, one expert: float32 logits of all rows of the tile.
+DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
+                          float* logits, int rows) {
+    const int expert = blockIdx.x * ROUTE_WARPS + warp_id();
+    if (expert >= EXPERTS) return;
+    const float4* weights = reinterpret_cast<const float4*>(router + size_t(expert) * HIDDEN);
+    const uint2* factors = reinterpret_cast<const uint2*>(norm);
+    float4 weight[LANE_QUADS];
+#pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i) {
+        const int quad = i * 32 + lane_id();
+        weight[i] = quad < QUADS ? weights[quad] : float4{0.f, 0.f, 0.f, 0.f};
+    }
+#pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i) {
+        const int quad = i * 32 + lane_id();
+        const uint2 factor = quad < QUADS ? factors[quad] : uint2{0, 0};
+        weight[i].x *= low_half(factor.x), weight[i].y *= high_half(factor.x);
+        weight[i].z *= low_half(factor.y), weight[i].w *= high_half(factor.y);
+    }
+    const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
+#pragma unroll 2
+    for (int row = 0; row < rows; ++row) {
+        const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < LANE_QUADS; ++i) {
+            const int quad = i * 32 + lane_id();
+            if (quad < QUADS) {
+                const float4 value = x[quad];
+                sum += value.x * weight[i].x + value.y * weight[i].y + value.z * weight[i].z + value.w * weight[i].w;
+            }
+        }
+        sum = warp_sum(sum) * __shfl_sync(ALL, rms, 4 * row);
+        if (lane_id() == 0) logits[row * EXPERTS + expert] = sum;
+    }
+}
+
+// A float as an unsigned integer of the same order.
+DEVICE u32 sortable(float value) {
+    const u32 bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+DEVICE u32 warp_largest(u32 value) {
+    u32 out;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(out) : "r"(value));
+    return out;
+}
+
+// One warp, one row: its experts in order of their score, the lower index of equals first.
+DEVICE void choose_experts(const float* logits, const float* bias, int* chosen) {
+    u32 key[LANE_EXPERTS];
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; ++i) {
+        const int expert = i * 32 + lane_id();
+        key[i] = 0;  // below any score
+        if (expert < EXPERTS) {
+            // The softmax keeps the order, so it is left out.
+            const float logit = logits[expert];
+            key[i] = sortable((SIGMOID ? 1.f / (1.f + expf(-logit)) : logit) + (BIASED ? bias[expert] : 0.f));
+        }
+    }
+#pragma unroll
+    for (int slot = 0; slot < TOP_K; ++slot) {
+        u32 best = key[0];
+#pragma unroll
+        for (int i = 1; i < LANE_EXPERTS; ++i) best = key[i] > best ? key[i] : best;
+        best = warp_largest(best);
+        int expert = EXPERTS;
+#pragma unroll
+        for (int i = LANE_EXPERTS - 1; i >= 0; --i) {
+            const u32 holders = __ballot_sync(ALL, key[i] == best);
+            if (holders) expert = i * 32 + __ffs(holders) - 1;
+        }
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; ++i)
+            if (i * 32 + lane_id() == expert) key[i] = 0;
+        if (lane_id() == 0) chosen[slot] = expert;
+    }
+}
+
+// One warp, one row: the weights of its chosen experts.
+DEVICE void weigh_experts(const float* logits, const int* chosen, float* weights) {
+    float score[LANE_EXPERTS], peak = NONE, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; ++i) {
+        const int expert = i * 32 + lane_id();
+        score[i] = expert < EXPERTS ? logits[expert] : NONE;
+        peak = fmaxf(peak, score[i]);
+    }
+    if (!SIGMOID) {
+        peak = warp_max(peak);
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; ++i) sum += expf(score[i] - peak);
+        sum = warp_sum(sum);
+    }
+    const int slot = lane_id() < TOP_K ? lane_id() : 0;
+    const float logit = logits[chosen[slot]];
+    float mine = SIGMOID ? 1.f / (1.f + expf(-logit)) : expf(logit - peak) / sum;
+    if (NORMALISE && TOP_K > 1) {
+        float total = 0.f;
+#pragma unroll
+        for (int i = 0; i < TOP_K; ++i) total += __shfl_sync(ALL, mine, i);
+        mine /= total + 1e-20f;
+    }
+    if (lane_id() < TOP_K) weights[lane_id()] = mine * SCALING;
+}
+
+struct Entry {
+    int expert;
+    u32 rows, slots;
+};
+
+// The whole block of at least EXPERTS threads: which experts the rows chose, in order, with their rows and slots; how many.
+template <int WARPS>
+DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* counts) {
+    const int expert = threadIdx.x;
+    u32 mask = 0, slots = 0;
+    if (expert < EXPERTS) {
+        for (int row = 0; row < rows; ++row) {
+#pragma unroll
+            for (int slot = 0; slot < TOP_K; ++slot)
+                if (chosen[row][slot] == expert) mask |= 1u << row, slots |= u32(slot) << (4 * row);
+        }
+    }
+    const u32 active = __ballot_sync(ALL, mask != 0);
+    if (lane_id() == 0) counts[warp_id()] = __popc(active);
+    __syncthreads();
+    int entry = __popc(active & ((1u << lane_id()) - 1)), total = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+        if (warp < warp_id()) entry += counts[warp];
+        total += counts[warp];
+    }
+    if (mask) entries[entry] = Entry{expert, mask, slots};
+    __syncthreads();
+    return total;
+}
+
+// ---- the shared expert's first half -----------------------------------------------------------------------------
+
+#if SHARED
+constexpr int SHARED_TILES = SHARED / TILE_ROWS;
+constexpr int SHARED_PAIRS = SHARED_TILES >= 128 ? 2 : 1;  // pairs of up and gate tiles a block
+constexpr int SHARED_BLOCKS = (SHARED_TILES + SHARED_PAIRS - 1) / SHARED_PAIRS;
+using Shared = Slice<HIDDEN, ROUTE_WARPS>;
+
+DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
+                      const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
+                      int rows) {
+    constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
+    const int first = (blockIdx.x - ROUTER_BLOCKS) * SHARED_PAIRS;
+    auto tile_of = [&](int r) {
+        const int item = smaller(first + r % SHARED_PAIRS, SHARED_TILES - 1);
+        return r < SHARED_PAIRS ? item : SHARED_TILES + item;
+    };
+    Int4Weight weight[DEPTH][TILES];
+    auto load = [&](int step) {
+        if (Shared::has(step)) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+                weight[step % DEPTH][r].load(codes, scales, tile_of(r) * Shared::GROUPS + Shared::group(step));
+        }
+    };
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load(step);
+    u16* x = reinterpret_cast<u16*>(own);
+    normalise_slice<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
+    __syncwarp();
+    const bool present = (lane_id() >> 2) < rows;
+    float sum[TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < Shared::STEPS; ++step) {
+        if (Shared::has(step)) {
+            const Activation now = load_activation(x, Shared::STRIDE, step, present);
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
+        }
+        if (step + DEPTH < Shared::STEPS) load(step + DEPTH);
+    }
+    __syncwarp();
+    float* partial = reinterpret_cast<float*>(own);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) store_partial(partial + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
+    __syncthreads();
+    partial -= warp_id() * bytes / 4;
+    for (int index = threadIdx.x; index < SHARED_PAIRS * COLUMNS * TILE_ROWS; index += 32 * ROUTE_WARPS) {
+        const int pair = index / (COLUMNS * TILE_ROWS), column = (index >> 4) % COLUMNS;
+        const int output = (first + pair) * TILE_ROWS + (index & 15);
+        if (column >= rows || first + pair >= SHARED_TILES) continue;
+        const int place = (pair * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        const float up = sum_partials<ROUTE_WARPS>(partial + place, bytes / 4);
+        const float gate =
+            sum_partials<ROUTE_WARPS>(partial + place + SHARED_PAIRS * COLUMNS * PARTIAL_COLUMN, bytes / 4);
+        float y = up * silu(gate);
+        if (next_scale) y *= half_to_float(next_scale[output]);
+        out[size_t(column) * SHARED + output] = float_to_half(y);
+    }
+}
+#else
+constexpr int SHARED_BLOCKS = 0;
+#endif
+
+// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router and write the experts' input; the others are the shared expert's.
+extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
+    route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
+          const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
+          const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes) {
+    extern __shared__ uint4 shared[];
+    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    residual += size_t(row0) * HIDDEN;
+    square_sums += row0 * (HIDDEN / 16);
+#if SHARED
+    if (blockIdx.x >= ROUTER_BLOCKS) {
+        shared_up(reinterpret_cast<char*>(shared) + warp_id() * bytes, bytes, residual, square_sums, norm, eps, shared_scale,
+                  shared_codes, shared_scales, shared_next, shared_out + size_t(row0) * SHARED, rows);
+        return;
+    }
+#endif
+    router_logits(residual, square_sums, norm, eps, router, logits + row0 * EXPERTS, rows);
+
+    // The experts' input, this block's share of every row's quads.
+    constexpr int SHARE = (QUADS + ROUTER_BLOCKS - 1) / ROUTER_BLOCKS;
+    const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
+    for (int base = warp_id() * 32; base < rows * SHARE; base += 32 * ROUTE_WARPS) {  // whole warps, for the shuffle
+        const int at = base + lane_id(), row = smaller(at / SHARE, rows - 1), quad = blockIdx.x * SHARE + at % SHARE;
+        const float r = __shfl_sync(ALL, rms, 4 * row);
+        if (at < rows * SHARE && quad < QUADS) {
+            const float4 x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN)[quad];
+            const uint2 factor = reinterpret_cast<const uint2*>(norm)[quad];
+            float a = x.x * r * low_half(factor.x), b = x.y * r * high_half(factor.x);
+            float c = x.z * r * low_half(factor.y), d = x.w * r * high_half(factor.y);
+            if (EXPERT_SCALED) {
+                const uint2 scale = reinterpret_cast<const uint2*>(expert_scale)[quad];
+                a *= low_half(scale.x), b *= high_half(scale.x), c *= low_half(scale.y), d *= high_half(scale.y);
+            }
+            uint2 out;
+            out.x = floats_to_halves(a, b), out.y = floats_to_halves(c, d);
+            reinterpret_cast<uint2*>(inputs + size_t(row0 + row) * HIDDEN)[quad] = out;
+        }
+    }
+}
+
+// ---- experts ------------------------------------------------------------------------------------------------------
+
+constexpr int UP_WARPS = 4;
+constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
+using Up = Slice<HIDDEN, UP_WARPS>;
+
+DEVICE Activation load_direct(const u16* row, int group, bool present) {
+    Activation out = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    if (present) {
+        const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
+        out.first = at[0];
+        out.second = at[1];
+    }
+    return out;
+}
+
+// Block (tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. The first block
+// of each tile of rows writes the work list and the experts' weights [rows, TOP_K] for experts_down.
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
+    experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
+               const u32* scales, const u16* next_scale, u16* hidden, int all_rows) {
+    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
+    __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
+    __shared__ Entry entries[MOST_ENTRIES];
+    constexpr int DEPTH = smaller(Up::STEPS, 3), GROUPS = Up::GROUPS;
+    static_assert(EXPERTS <= 32 * UP_WARPS, "a thread an expert");
+    const int entry = blockIdx.y, tile = blockIdx.x, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    logits += row0 * EXPERTS;
+    for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row]);
+    __syncthreads();
+    const int count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+    if (blockIdx.x == 0 && blockIdx.y == 0) {
+        work += blockIdx.z * WORK_SIZE;
+        if (threadIdx.x == 0) work[0] = count;
+        for (int i = threadIdx.x; i < count; i += 32 * UP_WARPS) {
+            work[WORK_EXPERT + i] = entries[i].expert;
+            work[WORK_ROWS + i] = int(entries[i].rows);
+            work[WORK_SLOTS + i] = int(entries[i].slots);
+        }
+        for (int row = warp_id(); row < rows; row += UP_WARPS)
+            weigh_experts(logits + row * EXPERTS, chosen[row], weights + (row0 + row) * TOP_K);
+    }
+    if (entry >= count) return;
+    const int expert = entries[entry].expert;
+    const u32 mask = entries[entry].rows, slots = entries[entry].slots;
+    const size_t first = size_t(expert) * 2 * EXPERT_TILES;
+    codes += (first + tile) * GROUPS * 32;
+    scales += (first + tile) * GROUPS * 8;
+    Int4Weight weight[DEPTH][2];
+    Activation x[DEPTH];
+    const int g = lane_id() >> 2;
+    const bool present = mask >> g & 1;
+    const u16* row = inputs + size_t(row0 + g) * HIDDEN;
+    auto load = [&](int step) {
+        if (Up::has(step)) {
+            weight[step % DEPTH][0].load(codes, scales, Up::group(step));
+            weight[step % DEPTH][1].load(codes, scales, EXPERT_TILES * GROUPS + Up::group(step));
+            x[step % DEPTH] = load_direct(row, Up::group(step), present);
+        }
+    };
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load(step);
+    float sum[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < Up::STEPS; ++step) {
+        if (Up::has(step)) {
+            weight[step % DEPTH][0].multiply(sum[0], x[step % DEPTH]);
+            weight[step % DEPTH][1].multiply(sum[1], x[step % DEPTH]);
+        }
+        if (step + DEPTH < Up::STEPS) load(step + DEPTH);
+    }
+    store_partial(partials[warp_id()], sum[0], COLUMNS);
+    store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
+    __syncthreads();
+    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads, 8 x 16 outputs
+    if (!(mask >> column & 1)) return;
+    const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
+    const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
+    const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);
+    float y = up * silu(gate);
+    if (next_scale) y *= half_to_float(next_scale[output]);
+    const int slot = slots >> (4 * column) & 15;
+    hidden[(size_t(row0 + column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+}
+
+constexpr int DOWN_WARPS = 8;
+constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
+constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
+static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
+
+// The whole of K in one warp, in order: nothing decides a result but its own row.
+DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row, bool present) {
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
+    Int4Weight weight[DEPTH];
+    Activation x[DEPTH];
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step, present);
+#pragma unroll
+    for (int step = 0; step < DOWN_GROUPS; ++step) {
+        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
+        if (step + DEPTH < DOWN_GROUPS) {
+            weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
+            x[step % DEPTH] = load_direct(row, step + DEPTH, present);
+        }
+    }
+}
+
+// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
+// or a part of the shared expert.
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
+    experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
+                 const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
+                 int all_rows) {
+    __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
+    constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
+    const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    work += blockIdx.y * WORK_SIZE;
+    const int g = lane_id() >> 2, column = 2 * (lane_id() & 3);
+    const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    float before = 0.f;
+    if (threadIdx.x < OUTPUTS && out_row < rows) before = residual[size_t(row0 + out_row) * HIDDEN + output];
+
+    // Asked for at once: how much there is, and this warp's first entry (what lies past the count is not used).
+    const int count = work[0], units = SHARED_PARTS + count;
+    const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
+    int expert = work[WORK_EXPERT + mine];
+    u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
+    for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        if (unit < SHARED_PARTS) {
+            const u16* row = shared_hidden + size_t(row0 + g) * SHARED + unit * WIDTH;
+            constexpr int GROUPS = SHARED / TILE_INPUTS;
+            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS, row, g < rows);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
+            continue;
+        }
+        const int entry = unit - SHARED_PARTS;
+        if (entry != mine) {
+            expert = work[WORK_EXPERT + entry];
+            mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
+        }
+        const u16* row = hidden + (size_t(row0 + g) * TOP_K + (slots >> (4 * g) & 15)) * WIDTH;
+        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, row, mask >> g & 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int c = column + (i & 1);
+            if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x >= OUTPUTS) return;
+    float y = 0.f;
+    if (out_row < rows) {
+        const float* weight = weights + (row0 + out_row) * TOP_K;
+#pragma unroll
+        for (int slot = 0; slot < TOP_K; ++slot) y += weight[slot] * routed[out_row][slot][threadIdx.x & 15];
+#pragma unroll
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
+        y += before;
+    }
+    float square = y * y;
+    // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
+#pragma unroll
+    for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
+    if (out_row < rows) {
+        residual[size_t(row0 + out_row) * HIDDEN + output] = y;
+        if ((threadIdx.x & 15) == 0) square_sums[(row0 + out_row) * TILES + tile] = square;
+    }
+}

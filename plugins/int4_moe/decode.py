@@ -1,0 +1,147 @@
+"""A MoE layer of 1 to 16 rows on the device, from the residual stream and back to it, in three launches; capturable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtvlm.plugins.cuda.launch import Defines, defines, kernel
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, shared_bytes
+from trtvlm.plugins.int4_moe.reference import Routing
+
+SOURCE = "int4_moe/decode.cu"
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """An INT4 weight in tiles (`trtvlm.plugins.cuda.tiles.int4_tiles`), of one layer or stacked over experts."""
+
+    codes: Tensor
+    scales: Tensor
+    pre_quant_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """Router float32 [E, hidden], experts and shared expert; fc is [up; gate]. ValueError: what the kernels do not take."""
+
+    router: Tensor
+    correction_bias: Tensor | None
+    routing: Routing
+    fc: Tiles
+    proj: Tiles
+    shared_fc: Tiles | None = None
+    shared_proj: Tiles | None = None
+
+    def __post_init__(self) -> None:
+        experts, width = self.router.shape[0], self.width
+        if experts > 128 or self.routing.top_k > 15:
+            raise ValueError(f"the kernels route to at most 15 of 128 experts, not {self.routing.top_k} of {experts}")
+        if self.routing.groups > 1:
+            raise ValueError("the kernels do not route in groups")
+        if self.shared_width % width:
+            raise ValueError(
+                f"the shared expert's width {self.shared_width} must be a multiple of the experts' {width}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Inner width of a routed expert."""
+        return 64 * self.proj.codes.shape[2]
+
+    @property
+    def shared_width(self) -> int:
+        """Inner width of the shared expert; 0 if there is none."""
+        return 0 if self.shared_proj is None else 64 * self.shared_proj.codes.shape[1]
+
+    @property
+    def coming(self) -> list[Tensor | None]:
+        """The weights that every token reads, in order."""
+        first, second = (None if part is None else part.codes for part in (self.shared_fc, self.shared_proj))
+        return [self.router, first, second]
+
+    @property
+    def macros(self) -> Defines:
+        """What the kernels are compiled for."""
+        shared_scale = None if self.shared_fc is None else self.shared_fc.pre_quant_scale
+        return defines(
+            HIDDEN=self.router.shape[1], WIDTH=self.width, EXPERTS=self.router.shape[0], TOP_K=self.routing.top_k,
+            SHARED=self.shared_width, SIGMOID=int(self.routing.scoring == "sigmoid"), NORMALISE=int(self.routing.normalise),
+            SCALING=float(self.routing.scaling), BIASED=int(self.correction_bias is not None),
+            EXPERT_SCALED=int(self.fc.pre_quant_scale is not None), SHARED_SCALED=int(shared_scale is not None),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MoEWorkspace:
+    """Buffers of a layer, for up to `rows` rows; layers can share them."""
+
+    logits: Tensor
+    weights: Tensor
+    work: Tensor
+    inputs: Tensor
+    hidden: Tensor
+    shared: Tensor
+
+    @classmethod
+    def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> MoEWorkspace:
+        """Room for `rows` rows of layers like `weights`."""
+        experts, hidden = weights.router.shape
+        k, tiles = weights.routing.top_k, -(-rows // COLUMNS)
+        return cls(
+            torch.empty(rows, experts, device=device),
+            torch.empty(rows, k, device=device),
+            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, experts), dtype=torch.int32, device=device),
+            torch.empty(rows, hidden, dtype=torch.half, device=device),
+            torch.empty(rows, k, weights.width, dtype=torch.half, device=device),
+            torch.empty(rows, max(1, weights.shared_width), dtype=torch.half, device=device),
+        )
+
+
+def moe_decode(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+    """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed."""
+    route(residual, norm, weights, workspace, rows)
+    experts_up(weights, workspace, rows)
+    experts_down(residual, norm.square_sums, weights, workspace, rows)
+
+
+def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+    """The router's product, the experts' inputs, and the shared expert up to its gated product."""
+    experts, hidden = weights.router.shape
+    shared_tiles = weights.shared_width // 16
+    pairs = 2 if shared_tiles >= 128 else 1
+    grid = (-(-experts // _ROUTE_WARPS) + -(-shared_tiles // pairs), -(-rows // COLUMNS))
+    fc, proj = weights.shared_fc, weights.shared_proj
+    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2 * pairs, normalised=True)
+    kernel(SOURCE, "route", weights.macros)(
+        grid, 32 * _ROUTE_WARPS, residual, norm.square_sums, norm.weight, norm.eps, weights.router,
+        weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
+        None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
+        None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
+    )  # fmt: skip
+
+
+def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+    """Choose the experts, list the work, and run the chosen ones up to their gated products."""
+    experts, k = weights.router.shape[0], weights.routing.top_k
+    entries = min(min(rows, COLUMNS) * k, experts)
+    kernel(SOURCE, "experts_up", weights.macros)(
+        (weights.width // 16, entries, -(-rows // COLUMNS)), 32 * _UP_WARPS, workspace.inputs, workspace.logits,
+        weights.correction_bias, workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales,
+        weights.proj.pre_quant_scale, workspace.hidden, rows,
+    )  # fmt: skip
+
+
+def experts_down(
+    residual: Tensor, square_sums: Tensor, weights: MoEWeights, workspace: MoEWorkspace, rows: int
+) -> None:
+    """The second products, weighted and added to the residual stream."""
+    shared = weights.shared_proj
+    kernel(SOURCE, "experts_down", weights.macros)(
+        (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work,
+        workspace.weights, weights.proj.codes, weights.proj.scales, None if shared is None else shared.codes,
+        None if shared is None else shared.scales, residual, square_sums, rows,
+    )  # fmt: skip

@@ -1,0 +1,256 @@
+// Absorbed latent attention for 1 to 16 new rows in three launches: absorb (which also appends to the caches), attend over
+// chunks of positions, combine with the value half. Positions are cut in chunks from 0 on, whatever the rows.
+// Macros: HEADS, NOPE, ROPE, VALUE, RANK.
+#include "attention.cuh"
+#include "int4_linear/slice.cuh"
+#include "int4_linear/weights.cuh"
+
+constexpr int HEAD = NOPE + ROPE;    // a head's part of q
+constexpr int KEY = RANK + ROPE;     // what a position is to all heads
+constexpr int NOPE_GROUPS = (NOPE + TILE_INPUTS - 1) / TILE_INPUTS;
+constexpr int RANK_TILES = RANK / TILE_ROWS;
+static_assert(NOPE_GROUPS * TILE_INPUTS <= HEAD, "a padded group must stay within the head's own values");
+static_assert(RANK % 64 == 0 && ROPE % 16 == 0 && VALUE % 16 == 0, "sizes the kernels were written for");
+
+// ---- absorb -------------------------------------------------------------------------------------------------------
+
+constexpr int ABSORB_WARPS = 4;
+constexpr int ABSORB_BLOCKS = (HEADS * RANK_TILES + ABSORB_WARPS - 1) / ABSORB_WARPS;
+
+// Row `row`: its rotated query parts to `queries`, its latent and rotated key part to the caches.
+DEVICE void append(const u16* q, const u16* kv, const u16* norm, const float* cosines, const float* sines, int position,
+                   u16* queries, u16* latent_cache, u16* rope_cache) {
+    constexpr int THREADS = 32 * ABSORB_WARPS, PAIRS = ROPE / 2;
+    __shared__ float sums[ABSORB_WARPS];
+    constexpr int EACH = (RANK / 2 + THREADS - 1) / THREADS;  // pairs of latent values a thread
+    u32 value[EACH];
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int pair = i * THREADS + threadIdx.x;
+        value[i] = pair < RANK / 2 ? reinterpret_cast<const u32*>(kv)[pair] : 0;
+        sum += low_half(value[i]) * low_half(value[i]) + high_half(value[i]) * high_half(value[i]);
+    }
+    sum = warp_sum(sum);
+    if (lane_id() == 0) sums[warp_id()] = sum;
+    __syncthreads();
+    sum = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < ABSORB_WARPS; ++warp) sum += sums[warp];
+    // The official layer does not pass rms_norm_eps here: always 1e-6.
+    const float rms = rsqrtf(sum * (1.f / RANK) + 1e-6f);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int pair = i * THREADS + threadIdx.x;
+        if (pair < RANK / 2) {
+            const u32 factor = reinterpret_cast<const u32*>(norm)[pair];
+            reinterpret_cast<u32*>(latent_cache + size_t(position) * RANK)[pair] = floats_to_halves(
+                low_half(value[i]) * rms * low_half(factor), high_half(value[i]) * rms * high_half(factor));
+        }
+    }
+    cosines += position * PAIRS;
+    sines += position * PAIRS;
+    // Head HEADS stands for the key.
+    for (int index = threadIdx.x; index < (HEADS + 1) * PAIRS; index += THREADS) {
+        const int head = index / PAIRS, pair = index % PAIRS;
+        const u16* from = head < HEADS ? q + head * HEAD + NOPE : kv + RANK;
+        u16* to = head < HEADS ? queries + head * KEY + RANK : rope_cache + size_t(position) * ROPE;
+        const u32 both = reinterpret_cast<const u32*>(from)[pair];
+        const float x = low_half(both), y = high_half(both), c = cosines[pair], s = sines[pair];
+        to[pair] = float_to_half(x * c - y * s);
+        to[pair + PAIRS] = float_to_half(y * c + x * s);
+    }
+}
+
+// Blocks 0 .. ABSORB_BLOCKS - 1: a warp a tile of 16 latent values of one head. The 8 after them: a row each.
+// q half [rows, HEADS * HEAD], kv half [rows, RANK + ROPE], keys half tiles [HEADS, RANK / 16, NOPE_GROUPS], tables float
+// [positions, ROPE / 2], queries half [rows, HEADS, KEY].
+extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
+    absorb(const u16* q, const u16* kv, const uint4* keys, const u16* norm, const float* cosines, const float* sines,
+           const int* cursor, u16* queries, u16* latent_cache, u16* rope_cache, int all_rows) {
+    const int row0 = blockIdx.y * COLUMNS, rows = less_of(COLUMNS, all_rows - row0);
+    if (blockIdx.x >= ABSORB_BLOCKS) {
+        const int row = blockIdx.x - ABSORB_BLOCKS;
+        if (row < rows)
+            append(q + size_t(row0 + row) * HEADS * HEAD, kv + size_t(row0 + row) * KEY, norm, cosines, sines,
+                   *cursor + row0 + row, queries + size_t(row0 + row) * HEADS * KEY, latent_cache, rope_cache);
+        return;
+    }
+    const int unit = blockIdx.x * ABSORB_WARPS + warp_id();
+    if (unit >= HEADS * RANK_TILES) return;
+    const int head = unit / RANK_TILES, tile = unit % RANK_TILES, g = lane_id() >> 2, t = lane_id() & 3;
+    HalfWeight weight[NOPE_GROUPS];
+#pragma unroll
+    for (int group = 0; group < NOPE_GROUPS; ++group) weight[group].load(keys, nullptr, unit * NOPE_GROUPS + group);
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    const u16* x = q + size_t(row0) * HEADS * HEAD + head * HEAD;
+#pragma unroll
+    for (int group = 0; group < NOPE_GROUPS; ++group)
+        weight[group].multiply(sum, load_activation(x, HEADS * HEAD, group, g < rows));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = 2 * t + (i & 1), value = tile * TILE_ROWS + g + 8 * (i >> 1);
+        if (row < rows) queries[(size_t(row0 + row) * HEADS + head) * KEY + value] = float_to_half(sum[i]);
+    }
+}
+
+// ---- attend -------------------------------------------------------------------------------------------------------
+
+constexpr int CHUNK = 32;  // positions
+constexpr int ATTEND_WARPS = 8, ATTEND_THREADS = 32 * ATTEND_WARPS;
+constexpr int KEY_STRIDE = KEY + ROW_PAD;  // an odd number of 16 bytes: reads of 8 rows meet no bank twice
+constexpr int KEY_STEPS = KEY / 16, FIRST_STEPS = (KEY_STEPS + 1) / 2;
+constexpr int SCORE_STRIDE = CHUNK + 4, WEIGHT_STRIDE = CHUNK + ROW_PAD;
+constexpr int SCORE_TILES = CHUNK / 8;
+static_assert(ATTEND_WARPS == 2 * SCORE_TILES, "two warps share the inputs of a tile of scores");
+static_assert(KEY_STRIDE / 8 % 2 == 1, "padding");
+
+// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs float [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
+// how many the workspace has room for. Scores are in units of log2(e).
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
+    attend(const u16* queries, const u16* latent_cache, const u16* rope_cache, const int* cursor, float scale, float* outputs,
+           Share* shares, int chunks, int room, const char* ahead0, int bytes0, const char* ahead1, int bytes1, const char* ahead2, int bytes2,
+           const char* ahead3, int bytes3) {
+    extern __shared__ uint4 shared[];
+    if (blockIdx.x >= room) {
+        const Ahead ahead = {{ahead0, ahead1, ahead2, ahead3}, {bytes0, bytes1, bytes2, bytes3}};
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, blockIdx.x - room, gridDim.x - room);
+        return;
+    }
+    u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]
+    u16* mine = keys + CHUNK * KEY_STRIDE;              // [16][KEY_STRIDE]
+    u16* weights = mine + 16 * KEY_STRIDE;              // [16][WEIGHT_STRIDE]
+    float* scores = reinterpret_cast<float*>(weights + 16 * WEIGHT_STRIDE);  // [2][16][SCORE_STRIDE]
+
+    const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
+    // Loads need not wait for the cursor: what lies further on in the caches is finite, and gets no weight.
+    const int seen = *cursor + row + 1;  // positions this row sees
+
+    constexpr int LATENT_PIECES = RANK / 8, KEY_PIECES = KEY / 8;  // of 16 bytes
+    for (int index = threadIdx.x; index < CHUNK * KEY_PIECES; index += ATTEND_THREADS) {
+        const int at = index / KEY_PIECES, piece = index % KEY_PIECES, position = first + at;
+        const u16* from = piece < LATENT_PIECES ? latent_cache + size_t(position) * RANK + piece * 8
+                                                : rope_cache + size_t(position) * ROPE + (piece - LATENT_PIECES) * 8;
+        copy_async(keys + at * KEY_STRIDE + piece * 8, from);
+    }
+    for (int index = threadIdx.x; index < 16 * KEY_PIECES; index += ATTEND_THREADS) {
+        const int head = index / KEY_PIECES, piece = index % KEY_PIECES;
+        const bool there = head0 + head < HEADS;
+        const u16* from = queries + (size_t(row) * HEADS + (there ? head0 + head : 0)) * KEY + piece * 8;
+        copy_async(mine + head * KEY_STRIDE + piece * 8, from, there ? 16 : 0);
+    }
+    copy_commit();
+    if (first >= seen) return;
+    copy_wait<0>();
+    __syncthreads();
+
+    const int g = lane_id() >> 2, t = lane_id() & 3;
+    {
+        const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
+        float score[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < FIRST_STEPS; ++i) {
+            const int step = part * FIRST_STEPS + i;
+            if (step < KEY_STEPS) {
+                u32 a[4], b0, b1;
+                load_a(a, mine + step * 16, KEY_STRIDE);
+                load_b(b0, b1, keys + tile * 8 * KEY_STRIDE + step * 16, KEY_STRIDE);
+                mma_16x8x16(score, a, b0, b1);
+            }
+        }
+        float* at = scores + part * 16 * SCORE_STRIDE + tile * 8 + 2 * t;
+        at[g * SCORE_STRIDE] = score[0];
+        at[g * SCORE_STRIDE + 1] = score[1];
+        at[(g + 8) * SCORE_STRIDE] = score[2];
+        at[(g + 8) * SCORE_STRIDE + 1] = score[3];
+    }
+    __syncthreads();
+
+    // A warp a head, a lane a position.
+#pragma unroll
+    for (int i = 0; i < 16 / ATTEND_WARPS; ++i) {
+        const int head = warp_id() * (16 / ATTEND_WARPS) + i, at = head * SCORE_STRIDE + lane_id();
+        const float score = first + lane_id() < seen ? (scores[at] + scores[16 * SCORE_STRIDE + at]) * scale : MINUS_INFINITY;
+        const float peak = warp_max(score);
+        const u16 weight = float_to_half(exp2f(score - peak));
+        const float sum = warp_sum(half_to_float(weight));
+        weights[head * WEIGHT_STRIDE + lane_id()] = weight;
+        if (lane_id() == 0 && head0 + head < HEADS)
+            shares[(size_t(row) * chunks + chunk) * HEADS + head0 + head] = Share{peak, sum};
+    }
+    __syncthreads();
+
+    u32 a[2][4];
+    load_a(a[0], weights, WEIGHT_STRIDE);
+    load_a(a[1], weights + 16, WEIGHT_STRIDE);
+    float* out = outputs + ((size_t(row) * chunks + chunk) * HEADS + head0) * RANK;
+#pragma unroll 4
+    for (int tile = warp_id(); tile < RANK / 8; tile += ATTEND_WARPS) {
+        u32 b[4];
+        load_b_transposed(b, keys + tile * 8, KEY_STRIDE);
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        mma_16x8x16(sum, a[0], b[0], b[1]);
+        mma_16x8x16(sum, a[1], b[2], b[3]);
+        const int column = tile * 8 + 2 * t;
+        if (head0 + g < HEADS) *reinterpret_cast<float2*>(out + size_t(g) * RANK + column) = float2{sum[0], sum[1]};
+        if (head0 + g + 8 < HEADS) *reinterpret_cast<float2*>(out + size_t(g + 8) * RANK + column) = float2{sum[2], sum[3]};
+    }
+}
+
+// ---- combine ------------------------------------------------------------------------------------------------------
+
+constexpr int COMBINE_WARPS = 8;
+constexpr int VALUE_TILES = VALUE / TILE_ROWS;
+constexpr int COMBINE_TILES = VALUE_TILES % 2 ? 1 : 2;  // tiles a block
+constexpr int COMBINE_PARTS = VALUE_TILES / COMBINE_TILES;
+constexpr int MOST_CHUNKS = 128;
+using Mixed = Slice<RANK, COMBINE_WARPS>;
+
+// Block (head, part of its values), row. values half tiles [HEADS, VALUE / 16, RANK / 64]; out half [rows, HEADS * VALUE].
+// `room`: chunks that the step's span has.
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
+    combine(const float* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room) {
+    __shared__ __align__(16) u16 mixed[COMBINE_WARPS][Mixed::STRIDE];
+    __shared__ float partials[COMBINE_WARPS][COMBINE_TILES * TILE_ROWS];
+    const int head = blockIdx.x / COMBINE_PARTS, tile0 = blockIdx.x % COMBINE_PARTS * COMBINE_TILES, row = blockIdx.y;
+    const int count = (*cursor + row) / CHUNK + 1;
+    HalfWeight weight[Mixed::STEPS][COMBINE_TILES];
+#pragma unroll
+    for (int step = 0; step < Mixed::STEPS; ++step) {
+        if (Mixed::has(step)) {
+#pragma unroll
+            for (int r = 0; r < COMBINE_TILES; ++r)
+                weight[step][r].load(values, nullptr, (head * VALUE_TILES + tile0 + r) * Mixed::GROUPS + Mixed::group(step));
+        }
+    }
+    const size_t at = size_t(row) * chunks * HEADS + head;
+    float sum[COMBINE_TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < Mixed::STEPS; ++step) {
+        if (!Mixed::has(step)) continue;
+        const float4 mean = merge_chunks<MOST_CHUNKS>(
+            shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, room);
+        if (lane_id() < 16) {
+            uint2 halves;
+            halves.x = floats_to_halves(mean.x, mean.y), halves.y = floats_to_halves(mean.z, mean.w);
+            *reinterpret_cast<uint2*>(mixed[warp_id()] + step * TILE_INPUTS + 4 * lane_id()) = halves;
+        }
+        __syncwarp();
+        const Activation x = load_activation(mixed[warp_id()], Mixed::STRIDE, step, lane_id() < 4);
+#pragma unroll
+        for (int r = 0; r < COMBINE_TILES; ++r) weight[step][r].multiply(sum[r], x);
+    }
+    // Column 0 is the row.
+    if ((lane_id() & 3) == 0) {
+#pragma unroll
+        for (int r = 0; r < COMBINE_TILES; ++r) {
+            partials[warp_id()][r * TILE_ROWS + (lane_id() >> 2)] = sum[r][0];
+            partials[warp_id()][r * TILE_ROWS + (lane_id() >> 2) + 8] = sum[r][2];
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < COMBINE_TILES * TILE_ROWS) {
+        const float y = sum_partials<COMBINE_WARPS>(partials[0] + threadIdx.x, COMBINE_TILES * TILE_ROWS);
+        out[size_t(row) * HEADS * VALUE + head * VALUE + tile0 * TILE_ROWS + threadIdx.x] = float_to_half(y);
+    }
+}

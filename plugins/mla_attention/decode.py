@@ -1,0 +1,126 @@
+"""Absorbed latent attention of 1 to 16 new rows on the device, in three launches; capturable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtvlm.plugins.cuda.ahead import BLOCKS, MOST, Ahead
+from trtvlm.plugins.cuda.launch import defines, kernel
+from trtvlm.plugins.cuda.tiles import half_tiles
+from trtvlm.plugins.int4_linear.decode import COLUMNS
+
+SOURCE = "mla_attention/decode.cu"
+CHUNK = 32
+MOST_POSITIONS = 128 * CHUNK
+_ABSORB_WARPS, _ATTEND_WARPS, _COMBINE_WARPS = 4, 8, 8
+
+
+@dataclass(frozen=True)
+class MLAWeights:
+    """kv_b_proj in two halves, and the latent's norm. Sizes: heads, and the widths of a head's parts and the latent.
+
+    keys half tiles [heads, rank / 16, nope / 64 rounded up, 4, 32, 8], values half tiles [heads, v / 16, rank / 64, ...].
+    """
+
+    keys: Tensor
+    values: Tensor
+    norm: Tensor
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    rank: int
+
+    @classmethod
+    def pack(cls, kv_b: Tensor, norm: Tensor, heads: int, nope: int, rope: int) -> MLAWeights:
+        """From kv_b_proj half [heads * (nope + v), rank] and kv_a_layernorm half [rank]."""
+        rank = kv_b.shape[1]
+        per_head = kv_b.view(heads, -1, rank)
+        key, value = per_head[:, :nope], per_head[:, nope:]
+        keys = half_tiles(F.pad(key.transpose(1, 2), (0, -nope % 64)))
+        return cls(keys, half_tiles(value), norm, heads, nope, rope, value.shape[1], rank)
+
+
+@dataclass(frozen=True)
+class MLAWorkspace:
+    """Buffers of a step: queries half [rows, heads, rank + rope], a chunk's outputs and shares for every row and head."""
+
+    queries: Tensor
+    outputs: Tensor
+    shares: Tensor
+    chunks: int
+
+    @classmethod
+    def allocate(
+        cls, rows: int, positions: int, heads: int, rank: int, rope: int, device: torch.device | str
+    ) -> MLAWorkspace:
+        """Room for `rows` rows over `positions` cached positions. ValueError: more than the kernels merge."""
+        if positions > MOST_POSITIONS:
+            raise ValueError(f"the attention kernels merge at most {MOST_POSITIONS} positions, not {positions}")
+        chunks = -(-positions // CHUNK)
+        return cls(
+            torch.zeros(rows, heads, rank + rope, dtype=torch.half, device=device),
+            torch.empty(rows * chunks, heads, rank, device=device),
+            torch.empty(rows * chunks, heads, 2, device=device),
+            chunks,
+        )
+
+
+def mla_decode(
+    q: Tensor,
+    kv: Tensor,
+    weights: MLAWeights,
+    rope: tuple[Tensor, Tensor],
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    cursor: Tensor,
+    out: Tensor,
+    workspace: MLAWorkspace,
+    rows: int,
+    span: int,
+    coming: Ahead = (None, 0) * MOST,
+) -> None:
+    """Append rows at cursor int32 [1] to latent_cache half [S, rank] and rope_cache half [S, rope], and attend.
+
+    q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, rope: float32 tables [positions,
+    rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within. coming: weights that later
+    launches read (`trtvlm.plugins.cuda.ahead`).
+    """
+    w = weights
+    macros = defines(HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank)
+    tiles = -(-rows // COLUMNS)
+    absorb_blocks = -(-w.heads * (w.rank // 16) // _ABSORB_WARPS) + COLUMNS
+    queries, outputs, shares, chunks = workspace.queries, workspace.outputs, workspace.shares, workspace.chunks
+    kernel(SOURCE, "absorb", macros)(
+        (absorb_blocks, tiles),
+        32 * _ABSORB_WARPS,
+        q,
+        kv,
+        w.keys,
+        w.norm,
+        *rope,
+        cursor,
+        queries,
+        latent_cache,
+        rope_cache,
+        rows,
+    )
+    stride = w.rank + w.rope + 8
+    shared = 2 * ((CHUNK + 16) * stride + 16 * (CHUNK + 8)) + 4 * 2 * 16 * (CHUNK + 4)
+    scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
+    room = min(chunks, -(-span // CHUNK))
+    extra = 0 if coming[0] is None else BLOCKS
+    kernel(SOURCE, "attend", macros)(
+        (room + extra, -(-w.heads // 16), rows), 32 * _ATTEND_WARPS,
+        queries, latent_cache, rope_cache, cursor, scale, outputs, shares, chunks, room, *coming, shared=shared,
+    )  # fmt: skip
+    value_tiles = w.value // 16
+    parts = value_tiles if value_tiles % 2 else value_tiles // 2
+    kernel(SOURCE, "combine", macros)(
+        (w.heads * parts, rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out, chunks, room
+    )

@@ -1,0 +1,184 @@
+"""The kernels of mla_attention compile everywhere, and attend as the reference does, whatever rows come together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtvlm.model.rope import rope_table
+from trtvlm.plugins.cuda.compiler import ARCHITECTURES, PLUGINS, SHARED_LIMIT, compile_source
+from trtvlm.plugins.mla_attention import reference
+from trtvlm.plugins.mla_attention.decode import CHUNK, MOST_POSITIONS, SOURCE, MLAWeights, MLAWorkspace, mla_decode
+
+DEVICE = "cuda"
+THETA = 10_000.0
+ROWS = (1, 2, 3, 5, 8, 9, 16)
+POSITIONS = 1088
+
+
+class Size(NamedTuple):
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    rank: int
+
+
+SIZES = {"nano": Size(8, 32, 32, 32, 128), "small": Size(16, 128, 64, 128, 512), "base": Size(32, 128, 64, 128, 512)}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles(arch: str, size: Size) -> None:
+    macros = {name.upper(): value for name, value in size._asdict().items()}
+    _, kernels = compile_source((PLUGINS / SOURCE).read_text(), macros, arch)
+    assert set(kernels) == {"absorb", "attend", "combine"}
+    for usage in kernels.values():
+        assert usage.spilled == usage.stack == 0
+        assert usage.shared <= SHARED_LIMIT
+        assert usage.registers * 256 <= 65536
+
+
+def lanes_in_order(tiles: Tensor) -> Tensor:
+    """Half tiles [..., out / 16, in / 64, 4, 32, 8] -> [..., out, in]: each register put where the kernels' comment says."""
+    step, lane, item = torch.meshgrid(torch.arange(4), torch.arange(32), torch.arange(8), indexing="ij")
+    register, half = item // 2, item % 2
+    row = lane // 4 + 8 * (register % 2)
+    column = 16 * (lane % 4) + 4 * step + 2 * (register // 2) + half
+    out = torch.full((*tiles.shape[:-3], 16, 64), torch.nan, dtype=tiles.dtype)
+    out[..., row, column] = tiles
+    return out.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_the_packed_halves_of_kv_b(size: Size) -> None:
+    kv_b = torch.randn(size.heads * (size.nope + size.value), size.rank).half()
+    weights = MLAWeights.pack(kv_b, torch.ones(size.rank).half(), size.heads, size.nope, size.rope)
+    key, value = kv_b.view(size.heads, -1, size.rank).split([size.nope, size.value], dim=1)
+    # What is beyond the nope values meets the rope values of q in the kernel, so it has to be zero.
+    assert torch.equal(lanes_in_order(weights.keys), F.pad(key.transpose(1, 2), (0, -size.nope % 64)))
+    assert torch.equal(lanes_in_order(weights.values), value)
+    assert weights.value == size.value
+
+
+def test_refuses_more_positions_than_it_merges() -> None:
+    assert MLAWorkspace.allocate(1, MOST_POSITIONS, 1, 64, 16, "meta").chunks == MOST_POSITIONS // CHUNK
+    with pytest.raises(ValueError, match=str(MOST_POSITIONS)):
+        MLAWorkspace.allocate(1, MOST_POSITIONS + 1, 1, 64, 16, "cpu")
+
+
+@dataclass
+class Case:
+    """Inputs of one step on the device, and what must come out, in float64."""
+
+    q: Tensor
+    kv: Tensor
+    weights: MLAWeights
+    caches: tuple[Tensor, Tensor]
+    out: Tensor
+    expected: tuple[Tensor, Tensor, Tensor]
+    rope: tuple[Tensor, Tensor]
+
+    def step(self, cursor: int, first: int, rows: int, workspace: MLAWorkspace) -> Callable[[], None]:
+        """A launch of rows first..first + rows - 1, when row 0 is at `cursor`."""
+        part, at = slice(first, first + rows), torch.tensor([cursor + first], dtype=torch.int32).to(DEVICE)
+        return lambda: mla_decode(
+            self.q[part], self.kv[part], self.weights, self.rope, *self.caches, at, self.out[part], workspace, rows,
+            POSITIONS,
+        )  # fmt: skip
+
+
+def make(size: Size, cursor: int, rows: int) -> Case:
+    heads, nope, rope, value, rank = size
+    torch.manual_seed(cursor * 17 + rows)
+    q = torch.randn(rows, heads * (nope + rope)).half()
+    kv = (3 * torch.randn(rows, rank + rope)).half()
+    norm = (1 + 0.2 * torch.randn(rank)).half()
+    kv_b = (torch.randn(heads * (nope + value), rank) * rank**-0.5).half()
+    caches = torch.randn(POSITIONS, rank).half(), torch.randn(POSITIONS, rope).half()
+    latent, k_pe = kv.double().split([rank, rope], dim=1)
+    latent = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + 1e-6) * norm.double()
+    wide = caches[0].double(), caches[1].double()
+    scale = (nope + rope) ** -0.5
+    attended = reference.mla_attention(
+        q.double(), latent, k_pe, kv_b.double(), *wide, torch.tensor([cursor]), heads, scale, THETA
+    )
+    # What lies ahead of the cursor is left over from a rollback: it must not be seen.
+    for cache in caches:
+        cache[cursor:] = torch.nan
+    cos, sin = rope_table(rope, POSITIONS, THETA)
+    return Case(
+        q.to(DEVICE),
+        kv.to(DEVICE),
+        MLAWeights.pack(kv_b.to(DEVICE), norm.to(DEVICE), heads, nope, rope),
+        (caches[0].to(DEVICE), caches[1].to(DEVICE)),
+        torch.full((rows, heads * value), torch.nan, dtype=torch.half, device=DEVICE),
+        (attended, *wide),
+        (cos.to(DEVICE), sin.to(DEVICE)),
+    )
+
+
+def workspace(size: Size, rows: int) -> MLAWorkspace:
+    made = MLAWorkspace.allocate(rows, POSITIONS, size.heads, size.rank, size.rope, DEVICE)
+    for buffer in (made.queries, made.outputs, made.shares):
+        buffer.fill_(torch.nan)
+    return made
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.cpu().double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("cursor", [0, 25, 31, 1000, POSITIONS - 16])
+@pytest.mark.parametrize("rows", ROWS)
+def test_same_as_the_reference_and_as_a_row_alone(rows: int, cursor: int, size: Size) -> None:
+    together, alone = make(size, cursor, rows), make(size, cursor, rows)
+    together.step(cursor, 0, rows, workspace(size, rows))()
+    buffers = workspace(size, 1)
+    for row in range(rows):
+        alone.step(cursor, row, 1, buffers)()
+    assert torch.equal(together.out, alone.out)
+    attended, *caches = together.expected
+    assert error(together.out, attended) < 2e-3
+    end = cursor + rows
+    for found, single, expected in zip(together.caches, alone.caches, caches, strict=True):
+        assert torch.equal(found[:end], single[:end])
+        assert error(found[:end], expected[:end]) < 2e-3
+        assert bool(found[end:].isnan().all())
+
+
+@pytest.mark.gpu
+def test_a_graph_reads_the_cursor_anew() -> None:
+    size, rows, cursors = SIZES["small"], 5, (3, 29, 700)
+    buffers, at = workspace(size, rows), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    case = make(size, 0, rows)
+
+    def launch() -> None:
+        mla_decode(
+            case.q, case.kv, case.weights, case.rope, *case.caches, at, case.out, buffers, rows, POSITIONS
+        )  # fmt: skip
+
+    launch()  # compiles and loads, which cannot be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for cursor in cursors:
+        fresh = make(size, cursor, rows)
+        for mine, theirs in zip((case.q, case.kv, *case.caches), (fresh.q, fresh.kv, *fresh.caches), strict=True):
+            mine.copy_(theirs)
+        for mine, theirs in (
+            (case.weights.keys, fresh.weights.keys),
+            (case.weights.values, fresh.weights.values),
+            (case.weights.norm, fresh.weights.norm),
+        ):
+            mine.copy_(theirs)
+        at.fill_(cursor)
+        case.out.fill_(torch.nan)
+        graph.replay()
+        assert error(case.out, fresh.expected[0]) < 2e-3

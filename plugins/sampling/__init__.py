@@ -1,0 +1,1 @@
+"""Temperature, top-p, draws and their random numbers, on the device."""

@@ -1,0 +1,203 @@
+"""One decode step of a language model: a fixed sequence of launches for a number of rows, all buffers in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtvlm.model.cache import HeadCache, KVCache, LatentCache
+from trtvlm.plugins.cuda.ahead import MOST, Ahead, ahead
+from trtvlm.plugins.cuda.tiles import half_tiles
+from trtvlm.plugins.embedding.cuda import embed
+from trtvlm.plugins.gqa_attention.decode import GQAWorkspace, gqa_decode
+from trtvlm.plugins.int4_linear.decode import (
+    LinearWeight,
+    Norm,
+    add_linear,
+    check_rows,
+    empty_half,
+    gated_linear,
+    linear,
+)
+from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, moe_decode
+from trtvlm.plugins.int8_linear.decode import HeadWeight, candidates, head
+from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_decode
+from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
+
+Candidates = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer as its launches want it."""
+
+    input_norm: Norm
+    post_norm: Norm
+    qkv: LinearWeight
+    dense: LinearWeight
+    mla: MLAWeights | None
+    moe: MoEWeights | None
+    fc: LinearWeight | None
+    proj: LinearWeight | None
+    coming: Ahead
+
+
+class DecodeProgram:
+    """Launches steps of 1 to `max_rows` rows over caches of `positions` positions (batch 1).
+
+    `logits` float32 [max_rows, V] is written when a step asks for it; `found` are the head's candidates, always.
+    """
+
+    def __init__(self, weights: LanguageWeights, cache: KVCache, max_rows: int = 8, fetch_ahead: bool = True) -> None:
+        check_rows(max_rows)
+        self.weights, self.cache, self.max_rows, self.fetch_ahead = weights, cache, max_rows, fetch_ahead
+        config, device = weights.config, weights.embedding.device
+        hidden, heads, rows = config.hidden_size, config.num_attention_heads, max_rows
+        self.residual = torch.zeros(rows, hidden, device=device)
+        self.square_sums = torch.zeros(rows, hidden // 16, device=device)
+        self._layers = [self._pack(layer) for layer in weights.layers]
+        self._norm = Norm(weights.norm, self.square_sums, weights.eps)
+        self._head = HeadWeight.pack(weights.head.kind, weights.head.weight, weights.head.scales)
+        self.found = candidates(config.vocab_size, rows, device)
+        self.logits = torch.zeros(rows, config.vocab_size, device=device)
+        first = self._layers[0]
+        self._q = empty_half(rows, 16 * first.qkv.int4_tiles, device)
+        self._attended = empty_half(rows, first.dense.inputs, device)
+        self._kv = empty_half(rows, 16 * first.qkv.half_tiles, device) if first.qkv.half_tiles else None
+        self._attention: MLAWorkspace | GQAWorkspace
+        if config.use_mla:
+            rank, rope = config.kv_lora_rank or 0, config.qk_rope_head_dim
+            self._attention = MLAWorkspace.allocate(rows, cache.max_len, heads, rank, rope, device)
+        else:
+            self._attention = GQAWorkspace.allocate(rows, cache.max_len, heads, config.head_dim, device)
+        dense = [layer.proj.inputs for layer in self._layers if layer.proj is not None]
+        self._inner = empty_half(rows, max(dense), device) if dense else None
+        experts = [layer.moe for layer in self._layers if layer.moe is not None]
+        self._moe = MoEWorkspace.allocate(experts[0], rows, device) if experts else None
+
+    def launch(
+        self,
+        tokens: Tensor,
+        cursor: Tensor,
+        rows: int,
+        span: int,
+        chosen_from: Candidates | None = None,
+        logits: bool = False,
+    ) -> None:
+        """Decode tokens int32 [rows] at cursor int32 [1] (both on the device), which stays within `span` positions.
+
+        chosen_from: another step's candidates (values [blocks], tokens [blocks]) that the last token is chosen from first.
+        """
+        embed(tokens, self.weights.embedding, self.residual, self.square_sums, rows, chosen_from)
+        self.launch_layers(cursor, rows, span)
+        self.launch_head(rows, logits)
+
+    def launch_layers(self, cursor: Tensor, rows: int, span: int) -> None:
+        """All decoder layers on the residual stream."""
+        for index in range(len(self._layers)):
+            self.launch_attention(index, cursor, rows, span)
+            self.launch_mlp(index, rows)
+
+    def launch_attention(self, index: int, cursor: Tensor, rows: int, span: int) -> None:
+        """The first half of layer `index`, up to its residual sum."""
+        layer = self._layers[index]
+        linear(self.residual, layer.qkv, self._q, rows, layer.input_norm, self._kv)
+        self._attend(layer, self.cache.layers[index], cursor, rows, span)
+        add_linear(self._attended, layer.dense, self.residual, self.square_sums, rows)
+
+    def launch_mlp(self, index: int, rows: int) -> None:
+        """The second half of layer `index`."""
+        layer = self._layers[index]
+        if layer.moe is not None:
+            assert self._moe is not None
+            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows)
+            return
+        assert layer.fc is not None
+        assert layer.proj is not None
+        assert self._inner is not None
+        gated_linear(self.residual, layer.fc, self._inner, rows, layer.post_norm, layer.proj.pre_quant_scale)
+        # Its scale was applied with the gate.
+        plain = LinearWeight(layer.proj.codes, layer.proj.scales)
+        add_linear(self._inner, plain, self.residual, self.square_sums, rows)
+
+    def launch_head(self, rows: int, logits: bool) -> None:
+        """The final norm and the LM head."""
+        head(self.residual, self._norm, self._head, self.found, rows, self.logits if logits else None)
+
+    def best(self, row: int) -> Candidates:
+        """The candidates of one row."""
+        return self.found[0][row], self.found[1][row]
+
+    def _attend(self, layer: _Layer, cache: LatentCache | HeadCache, cursor: Tensor, rows: int, span: int) -> None:
+        rope = self.weights.rope
+        if isinstance(cache, LatentCache):
+            assert layer.mla is not None
+            assert self._kv is not None
+            assert isinstance(self._attention, MLAWorkspace)
+            mla_decode(
+                self._q, self._kv, layer.mla, rope, cache.latent[0], cache.k_pe[0], cursor, self._attended,
+                self._attention, rows, span, layer.coming,
+            )  # fmt: skip
+            return
+        assert isinstance(self._attention, GQAWorkspace)
+        heads = self.weights.config.num_attention_heads
+        gqa_decode(
+            self._q,
+            heads,
+            rope,
+            cache.k[0],
+            cache.v[0],
+            cursor,
+            self._attended,
+            self._attention,
+            rows,
+            span,
+            layer.coming,
+        )
+
+    def _pack(self, layer: LayerWeights) -> _Layer:
+        config = self.weights.config
+        mla = None
+        if layer.kv_b is not None:
+            assert layer.kv_a_norm is not None
+            mla = MLAWeights.pack(
+                layer.kv_b,
+                layer.kv_a_norm,
+                config.num_attention_heads,
+                config.qk_nope_head_dim,
+                config.qk_rope_head_dim,
+            )
+        qkv = LinearWeight(
+            layer.qkv.codes, layer.qkv.scales, layer.qkv.pre_quant_scale,
+            None if layer.fused_a is None else half_tiles(layer.fused_a),
+        )  # fmt: skip
+        moe = None
+        if layer.moe is not None:
+            shared = [None if part is None else _tiles(part) for part in (layer.fc, layer.proj)]
+            moe = MoEWeights(
+                layer.moe.router, layer.moe.correction_bias, layer.moe.routing, _tiles(layer.moe.fc), _tiles(layer.moe.proj),
+                *shared,
+            )  # fmt: skip
+        dense = layer.moe is None
+        fetch = self.fetch_ahead and layer.dense.codes.is_cuda
+        return _Layer(
+            Norm(layer.input_norm, self.square_sums, self.weights.eps),
+            Norm(layer.post_norm, self.square_sums, self.weights.eps),
+            qkv,
+            _linear(layer.dense),
+            mla,
+            moe,
+            _linear(layer.fc) if dense and layer.fc is not None else None,
+            _linear(layer.proj) if dense and layer.proj is not None else None,
+            ahead([layer.dense.codes, *([] if moe is None else moe.coming)]) if fetch else (None, 0) * MOST,
+        )
+
+
+def _linear(matrix: Matrix) -> LinearWeight:
+    return LinearWeight(matrix.codes, matrix.scales, matrix.pre_quant_scale)
+
+
+def _tiles(matrix: Matrix) -> Tiles:
+    return Tiles(matrix.codes, matrix.scales, matrix.pre_quant_scale)

@@ -1,0 +1,132 @@
+"""Check the CUDA decode path: against float32 over the same quantized weights, and rows against rows.
+
+    python -m trtvlm.scripts.check_cuda [--layers 3] [--tokens 96] [nano nano-draft deepseek-vl2-small ...]
+
+Every model has random weights of the real sizes (the first --layers layers of them). Prints, as JSON lines, the relative
+error of each half layer and of the logits, how often the most likely token agrees, and whether the bits of a row are the
+same computed with 1 to 16 others. Exits with status 1 if a bound is exceeded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from trtvlm.model.cache import KVCache
+from trtvlm.model.config import LanguageConfig
+from trtvlm.model.sizes import language_size
+from trtvlm.plugins.random_checkpoint import RandomCheckpoint
+from trtvlm.runtime.cuda.decode import DecodeProgram
+from trtvlm.runtime.cuda.reference import reference_model
+from trtvlm.runtime.cuda.weights import load_weights
+
+WIDTHS = (1, 2, 3, 5, 8, 4, 7, 16)
+
+
+def run(program: DecodeProgram, tokens: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Logits float32 [T, V] of tokens int32 [T] decoded in steps of these widths, again and again."""
+    cursor = torch.zeros(1, dtype=torch.int32, device=tokens.device)
+    rows, at, turn = [], 0, 0
+    while at < len(tokens):
+        width = min(widths[turn % len(widths)], len(tokens) - at)
+        cursor.fill_(at)
+        program.logits.fill_(float("nan"))
+        program.launch(tokens[at : at + width].clone(), cursor, width, program.cache.max_len, logits=True)
+        best = program.found[0][:width].max(1)
+        chosen = program.found[1][:width].gather(1, best.indices.unsqueeze(1)).squeeze(1)
+        assert torch.equal(chosen.long(), program.logits[:width].argmax(1)), "candidates disagree with the logits"
+        rows.append(program.logits[:width].clone())
+        at, turn = at + width, turn + 1
+    return torch.cat(rows)
+
+
+def halves(program: DecodeProgram, model: Any, tokens: Tensor) -> dict[str, float]:
+    """Relative error of the residual stream after each half layer, for one step of the first 8 tokens."""
+    found: dict[str, float] = {}
+    expected: list[Tensor] = []
+    hooks = []
+    for layer in model.model.layers:
+        hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, a: expected.append(a[0][0])))
+        hooks.append(layer.register_forward_hook(lambda _m, _a, out: expected.append(out[0])))
+    model.hidden_states(model.model.embed_tokens(tokens[:8].long()).unsqueeze(0))
+    for hook in hooks:
+        hook.remove()
+    cursor = torch.zeros(1, dtype=torch.int32, device=tokens.device)
+    from trtvlm.plugins.embedding.cuda import embed
+
+    embed(tokens[:8].clone(), program.weights.embedding, program.residual, program.square_sums, 8)
+    start = model.model.embed_tokens(tokens[:8].long())
+    found["embed"] = error(program.residual[:8], start)
+    for index in range(len(model.model.layers)):
+        program.launch_attention(index, cursor, 8, program.cache.max_len)
+        found[f"{index} attention"] = error(program.residual[:8], expected[2 * index])
+        squares = program.residual[:8].square().unflatten(1, (-1, 16)).sum(-1)
+        found[f"{index} squares"] = error(program.square_sums[:8], squares)
+        program.launch_mlp(index, 8)
+        found[f"{index} mlp"] = error(program.residual[:8], expected[2 * index + 1])
+    return found
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||, in float64."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check(name: str, config: LanguageConfig, lm_head: str, count: int, seed: int) -> dict[str, Any]:
+    """All of it for one model; the row of the report."""
+    started = time.monotonic()
+    checkpoint = RandomCheckpoint(config, "int4", lm_head, seed)  # type: ignore[arg-type]
+    weights = load_weights(checkpoint)
+    cache = KVCache(config, 1, 1024, torch.half, "cuda")
+    program = DecodeProgram(weights, cache, 16)
+    model = reference_model(checkpoint)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    tokens = torch.randint(0, config.vocab_size, (count,), device="cuda", generator=generator).int()
+    torch.cuda.synchronize()
+    row: dict[str, Any] = {"model": name, "layers": config.num_hidden_layers, "lm_head": lm_head}
+    with torch.inference_mode():
+        row["halves"] = {key: float(f"{value:.2e}") for key, value in halves(program, model, tokens).items()}
+        single = run(program, tokens, (1,))
+        expected = model(model.model.embed_tokens(tokens.long()).unsqueeze(0))[0]
+        row["error"] = error(single, expected)
+        row["top1"] = float((single.argmax(1) == expected.argmax(1)).float().mean())
+        row["finite"] = bool(torch.isfinite(single).all())
+        row["same_bits"] = {}
+        for widths in [(w,) for w in WIDTHS[1:]] + [WIDTHS]:
+            other = run(program, tokens, widths)
+            row["same_bits"]["+".join(map(str, widths))] = bool(torch.equal(single, other))
+    torch.cuda.synchronize()
+    row["seconds"] = round(time.monotonic() - started, 1)
+    row["ok"] = row["finite"] and row["error"] < 1e-2 and row["top1"] > 0.99 and all(row["same_bits"].values())
+    return row
+
+
+@click.command()
+@click.argument("models", nargs=-1)
+@click.option("--layers", type=int, default=3, show_default=True, help="Layers of each model; 0: all.")
+@click.option("--tokens", type=int, default=96, show_default=True)
+@click.option("--lm-head", type=click.Choice(["int8", "fp16", "int4"]), default="int8", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(models: tuple[str, ...], layers: int, tokens: int, lm_head: str, seed: int) -> None:
+    """Run as a script."""
+    good = True
+    for name in models or ("nano", "nano-draft", "deepseek-vl2-tiny", "deepseek-vl2-small", "deepseek-vl2"):
+        config = language_size(name)
+        if layers:
+            config = dataclasses.replace(config, num_hidden_layers=min(layers, config.num_hidden_layers))
+        row = check(name, config, lm_head, tokens, seed)
+        good = good and row["ok"]
+        print(json.dumps(row), flush=True)
+        torch.cuda.empty_cache()
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
