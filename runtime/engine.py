@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trtvlm.model.vlm import DeepseekVL2
     from trtvlm.runtime.executor import Executor
 
+# The compute capability that the kernels of trtvlm.runtime.cuda are written for.
+OLDEST = (8, 0)
 # A longer context than this must be asked for: the cache is allocated whole.
 DEFAULT_CONTEXT = 4096
 

@@ -1,0 +1,60 @@
+"""On a GPU: the decode kernels against float32 over the same quantized weights, and speculation against plain decoding."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtvlm.builder.build import BuildSettings, build
+from trtvlm.model.cache import KVCache
+from trtvlm.model.sizes import SIZES, language_size
+from trtvlm.plugins.random_checkpoint import RandomCheckpoint
+from trtvlm.runtime.cuda.decode import DecodeProgram
+from trtvlm.runtime.cuda.weights import load_weights
+from trtvlm.runtime.engine import open_engine
+from trtvlm.runtime.session import Session
+from trtvlm.scripts import check_cuda, check_lossless
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [*SIZES, "nano", "nano-draft"])
+def test_decodes_as_the_reference_and_rows_do_not_depend_on_each_other(model: str) -> None:
+    config = language_size(model)
+    # With more random layers, a token near the border of two experts may go the other way: that is no error of a kernel.
+    config = dataclasses.replace(config, num_hidden_layers=min(2, config.num_hidden_layers))
+    row = check_cuda.check(model, config, "int8", 48, 0)
+    assert row["finite"]
+    assert row["error"] < 2e-2
+    assert all(row["same_bits"].values())
+
+
+@pytest.mark.gpu
+def test_speculation_changes_no_token(tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    build("nano", engine, BuildSettings(compile=False, verify_samples=0), "nano-draft")
+    session = Session(open_engine(engine, "cuda"))
+    *_, total = check_lossless.compare(session, check_lossless.sample_pages(), 2000)
+    assert not total.mismatches
+    assert total.tokens >= 2000
+
+
+@pytest.mark.parametrize("model", ["nano", "nano-draft"])
+def test_weights_of_a_random_checkpoint_are_packed(model: str) -> None:
+    config = language_size(model)
+    checkpoint = RandomCheckpoint(config, device="cpu")
+    assert torch.equal(checkpoint.get("lm_head.weight"), checkpoint.get("lm_head.weight"))
+    weights = load_weights(checkpoint, "cpu")
+    program = DecodeProgram(weights, KVCache(config, 1, 128, torch.half), max_rows=2)
+    layer = weights.layers[-1]
+    assert layer.moe is not None
+    assert layer.moe.fc.codes.shape[:2] == (config.n_routed_experts, 2 * config.moe_intermediate_size // 16)
+    assert (layer.qkv.inputs, layer.dense.outputs) == (config.hidden_size, config.hidden_size)
+    assert program.logits.shape == (2, config.vocab_size)
+
+
+def test_rows_beyond_the_kernels_are_refused() -> None:
+    config = language_size("nano-draft")
+    weights = load_weights(RandomCheckpoint(config, device="cpu"), "cpu")
+    with pytest.raises(ValueError, match="rows"):
+        DecodeProgram(weights, KVCache(config, 1, 128, torch.half), max_rows=17)
