@@ -18,6 +18,7 @@ from trtvlm.builder.awq import Search
 from trtvlm.builder.calibrate import Sample, bundled_samples, prepare, read_samples
 from trtvlm.builder.stream import nbytes
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
+from trtvlm.builder.unfinished import unfinished
 from trtvlm.model.artifacts import PROCESSOR_FILES, EngineDir, atomic_directory, check_free, digests, write_json
 from trtvlm.model.checkpoint import UNUSED, CheckpointReader, bundled_draft, load_model, resolve_model
 from trtvlm.model.config import ModelConfig
@@ -92,17 +93,20 @@ def build(
     draft: str | None = None,
     progress: Progress = lambda part, what: None,
 ) -> dict[str, Any]:
-    """Build `output` and return its report. Raises UserError; `output` then is what it was before."""
+    """Build `output` and return its report. Raises UserError; `output` then is what it was before.
+
+    A build that was killed goes on after its last finished layer.
+    """
     parts = plan(model, output, settings, draft)
     started = time.monotonic()
     report: dict[str, Any] = {"model": model, "draft": parts[1].name if len(parts) > 1 else None, "quant": settings.quant,
                               "awq": settings.awq, "lm_head": settings.head, "sm": settings.build.sm,
                               "parts": {}, "engines": []}  # fmt: skip
-    with atomic_directory(output, settings.overwrite) as folder:
+    with unfinished(output) as left, atomic_directory(output, settings.overwrite) as folder:
         engine = EngineDir(folder)
         for part in parts:
             place = engine if part.role == "target" else EngineDir(folder / "draft")
-            report["parts"][part.role] = _quantize(part, place, settings, progress)
+            report["parts"][part.role] = _quantize(part, place, settings, progress, left / part.role)
         if settings.compile:
             from trtvlm.builder.engines import build_engines
 
@@ -220,7 +224,9 @@ def _check_groups(part: Part, settings: BuildSettings) -> None:
             )
 
 
-def _quantize(part: Part, place: EngineDir, settings: BuildSettings, progress: Progress) -> dict[str, Any]:
+def _quantize(
+    part: Part, place: EngineDir, settings: BuildSettings, progress: Progress, left: Path | None = None
+) -> dict[str, Any]:
     """Write one part's configuration, processor files and quantized weights."""
     from trtvlm.builder.quantize import quantize_language
 
@@ -238,7 +244,7 @@ def _quantize(part: Part, place: EngineDir, settings: BuildSettings, progress: P
         samples = prepare(_calibration(settings), processor)
     found = quantize_language(
         CheckpointReader(part.folder), part.config, place, settings.kind, settings.head, samples,
-        lambda what: progress(part.role, what), settings.awq,
+        lambda what: progress(part.role, what), settings.awq, left,
     )  # fmt: skip
     sizes = {"language": place.weights.stat().st_size, "vision": place.vision_weights.stat().st_size}
     return {"name": part.name, "bytes": sizes, "seconds": round(time.monotonic() - started, 2), **found.to_dict()}

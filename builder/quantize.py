@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trtvlm import __version__
 from trtvlm.builder.awq import Search, clipped_scales, pre_quant_scales, shared_scale
 from trtvlm.builder.calibrate import embeddings
 from trtvlm.builder.compensate import compensated_codes
 from trtvlm.builder.stream import SafetensorsWriter
+from trtvlm.builder.unfinished import FinishedLayers, digest_of
 from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.attention import causal_mask
 from trtvlm.model.checkpoint import CheckpointReader
@@ -57,6 +61,12 @@ class QuantizationReport:
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
     shared_calibration: dict[int, list[int]] = field(default_factory=dict)
 
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Take over what `to_dict` said."""
+        self.expert_tokens = {int(layer): counts for layer, counts in stored["expert_tokens"].items()}
+        found = stored["experts_calibrated_on_all_tokens"]
+        self.shared_calibration = {int(layer): names for layer, names in found.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """For build_report.json; layers are keyed by their number."""
         return {
@@ -76,39 +86,82 @@ def quantize_language(
     samples: list[ModelInputs],
     progress: Progress = lambda what: None,
     awq: Search = "full",
+    unfinished: Path | None = None,
 ) -> QuantizationReport:
     """Write `engine`'s rank0.safetensors and vision part. `samples` calibrate INT4; other kinds need none.
 
     awq: "lite" searches AWQ's scales and rounds to nearest, as ModelOpt does; "clip" also searches how much of each
     group's range to keep; "full" also compensates rounding errors.
 
+    unfinished: a folder to keep finished layers in; with one, a run goes on where a killed one was.
+
     Calls `progress` with what comes next: the vision part, every layer, the head. Raises UserError naming a tensor that
     is missing, misshapen, not finite, or does not fit float16.
     """
     language, report = config.language, QuantizationReport()
     progress("vision")
-    hidden = _first_hidden(reader, config, engine, samples if kind == "int4" else [])
+    samples = samples if kind == "int4" else []
+    state = None
+    if unfinished is not None:
+        seen_by = [part for sample in samples for part in (sample.input_ids, *(i.pixels for i in sample.images))]
+        state = FinishedLayers(
+            unfinished, digest_of(config, kind, lm_head, awq, versions_of(), reader.folder, *seen_by)
+        )
+    done = 0 if state is None else state.count
+    hidden = _first_hidden(reader, config, engine, [] if done else samples)
+    if state is not None and done:
+        hidden = state.outputs()
+        report.restore(state.report)
     report.tokens = sum(x.shape[1] for x in hidden)
     rope = rope_table(language.rope_dim, language.max_position_embeddings, language.rope_theta)
-    with SafetensorsWriter(engine.weights, layout(language, kind, lm_head)) as writer:
+    target = engine.weights if state is None else state.weights
+    with SafetensorsWriter(target, layout(language, kind, lm_head), resume=done > 0) as writer:
         _write_linear(writer, "lm_head", _checked(reader, "language.lm_head.weight"), lm_head)
         for name, source in (("vocab_embedding", "embed_tokens"), ("ln_f", "norm")):
             writer.write(f"transformer.{name}.weight", _half(reader, f"language.model.{source}.weight"))
         for index in range(language.num_hidden_layers):
             progress(f"layer {index + 1} of {language.num_hidden_layers}")
-            layer = DecoderLayer(language, index).eval().requires_grad_(False)
-            reader.load_into(layer, f"language.model.layers.{index}.")
-            _check_finite(layer, f"language.model.layers.{index}.")
-            seen = Seen(layer) if hidden else None
-            hidden = [_run(layer, x, rope) for x in hidden]
-            if seen is not None:
-                seen.finish()
-                if isinstance(layer.mlp, MoE):
-                    report.expert_tokens[index] = seen.expert_tokens
-                    report.shared_calibration[index] = seen.sparse
-            _write_layer(writer, layer, index, config, kind, seen.inputs if seen else {}, awq)
-            del layer, seen
+            if index < done:
+                writer.written(layer_prefix(index))
+                continue
+            hidden = _quantize_layer(writer, reader, config, index, kind, awq, hidden, rope, report)
+            if state is not None:
+                writer.sync()
+                state.finish(hidden, report.to_dict())
+    if state is not None:
+        target.replace(engine.weights)
     return report
+
+
+def versions_of() -> dict[str, str]:
+    """Versions that may change a bit of the result."""
+    return {name: version(name) for name in ("torch", "nvidia-modelopt")} | {"trtvlm": __version__}
+
+
+def _quantize_layer(
+    writer: SafetensorsWriter,
+    reader: CheckpointReader,
+    config: ModelConfig,
+    index: int,
+    kind: Kind,
+    awq: Search,
+    hidden: list[Tensor],
+    rope: tuple[Tensor, Tensor],
+    report: QuantizationReport,
+) -> list[Tensor]:
+    """Load a layer, run what came out of the last one through it, write it: what comes out of this one."""
+    layer = DecoderLayer(config.language, index).eval().requires_grad_(False)
+    reader.load_into(layer, f"language.model.layers.{index}.")
+    _check_finite(layer, f"language.model.layers.{index}.")
+    seen = Seen(layer) if hidden else None
+    hidden = [_run(layer, x, rope) for x in hidden]
+    if seen is not None:
+        seen.finish()
+        if isinstance(layer.mlp, MoE):
+            report.expert_tokens[index] = seen.expert_tokens
+            report.shared_calibration[index] = seen.sparse
+    _write_layer(writer, layer, index, config, kind, seen.inputs if seen else {}, awq)
+    return hidden
 
 
 class Seen:

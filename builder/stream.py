@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +28,12 @@ def nbytes(spec: Spec) -> int:
 
 
 class SafetensorsWriter:
-    """Writes the tensors of `layout` (name -> dtype, shape) in any order; the file's bytes do not depend on it."""
+    """Writes the tensors of `layout` (name -> dtype, shape) in any order; the file's bytes do not depend on it.
 
-    def __init__(self, path: Path, layout: Mapping[str, Spec]) -> None:
+    resume: go on with the file that is there, which was begun with the same layout.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, Spec], resume: bool = False) -> None:
         self.layout = dict(layout)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
@@ -43,7 +47,9 @@ class SafetensorsWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
-        self._file = path.open("wb")
+        self._file = path.open("r+b" if resume else "wb")
+        if resume:
+            return
         try:
             self._file.write(len(encoded).to_bytes(8, "little") + encoded)
             self._file.truncate(self._start + end)
@@ -62,6 +68,16 @@ class SafetensorsWriter:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the layout says {self.layout[name]}")
         self._file.seek(self._start + self._offsets.pop(name))
         self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+    def written(self, prefix: str) -> None:
+        """Count the tensors below `prefix` as written: a run before did it."""
+        for name in [name for name in self._offsets if name.startswith(prefix)]:
+            del self._offsets[name]
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
