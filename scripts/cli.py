@@ -15,7 +15,9 @@ from trtvlm.model.errors import UserError
 # Command -> its line in `trtvlm --help`. The lines stand here so that the help imports no command; each command is the
 # click object `command` of scripts/commands/<name>.py, a dash in its name being an underscore in the file's.
 COMMANDS = {
+    "plan": "Say what a model takes and could do on a GPU.",
     "build": "Turn a checkpoint into an engine directory.",
+    "export": "Write an engine's quantized checkpoint for other programs.",
     "generate": "Read images and print what they say, as it is decoded.",
     "draft-train": "Distil a draft from a target, on the target's own answers.",
     "serve": "Answer OpenAI-style requests over HTTP, one after the other.",

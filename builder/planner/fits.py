@@ -1,0 +1,163 @@
+"""Memory on a card: what models take while they are opened and while they run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from trtvlm.builder.planner.parts import HEAD, PROJECTOR, VISION, parts, total
+from trtvlm.model.cache import HeadCache, KVCache
+from trtvlm.model.config import LanguageConfig, ModelConfig
+from trtvlm.plugins.gqa_attention import decode as gqa_attention
+from trtvlm.plugins.mla_attention import decode as mla_attention
+from trtvlm.plugins.quantized_checkpoint import Kind, linears, plain_tensors
+
+CARDS_GIB = (8, 12, 24)
+# Allowances, not measurements: the CUDA context with its libraries and kernels, and the captured graphs.
+CONTEXT_BYTES = 500 << 20
+GRAPH_BYTES = 64 << 20
+SHARED_BYTES = CONTEXT_BYTES + GRAPH_BYTES
+# The kernels attend to so many positions at most.
+MOST_POSITIONS = min(gqa_attention.MOST_POSITIONS, mla_attention.MOST_POSITIONS)
+
+_HALF, _FLOAT = 2, 4
+_CACHE_STEP = 64
+_EXPERTS_AT_ONCE = 8  # runtime/cuda/weights.py repacks so many
+_REPACK_BYTES = 16  # of a weight while INT4 is repacked: codes as int32 twice, words as int64, and the orders of both
+_HEAD_REPACK_BYTES = 5
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the card of one model (target or draft), besides what both share (`SHARED_BYTES`).
+
+    weights: the language model's. copies: what the executor holds a second time, in the checkpoint's order. vision: tower and
+    projector. cache: keys and values. image: the tower's activations. buffers: of decode steps and sampling. prefill: an
+    allowance for a whole prompt at once. repacking: while weights are brought over, on top of those before.
+    """
+
+    weights: int
+    copies: int
+    vision: int
+    cache: int
+    image: int
+    buffers: int
+    prefill: int
+    repacking: int
+
+    @property
+    def held(self) -> int:
+        """As long as it is open."""
+        return self.weights + self.copies + self.vision + self.cache + self.buffers
+
+    @property
+    def passing(self) -> int:
+        """Besides, at most, before the first token: an image and a prompt are not computed at the same time."""
+        return max(self.image, self.prefill)
+
+    @property
+    def running(self) -> int:
+        """At most, while it answers."""
+        return self.held + self.passing
+
+    @property
+    def opening(self) -> int:
+        """At most, while it is opened: the vision part comes last."""
+        return self.weights + self.copies + self.cache + self.repacking
+
+
+def card_memory(config: ModelConfig, kind: Kind, lm_head: Kind, positions: int, views: int, rows: int) -> Memory:
+    """Of one model with a cache of `positions`, images of up to `views` views, decode steps of up to `rows` rows."""
+    language, found = config.language, parts(config, kind, lm_head)
+    vision = found[VISION].device_bytes + found[PROJECTOR].device_bytes
+    whole = total(found.values()).device_bytes
+    return Memory(
+        weights=whole - vision,
+        copies=found[HEAD].checkpoint_bytes + _half_attention(language),
+        vision=vision,
+        cache=cache_bytes(language, positions),
+        image=image_bytes(config, views),
+        buffers=buffer_bytes(language, positions, rows),
+        prefill=prefill_bytes(language, positions),
+        repacking=_repacking(language, kind),
+    )
+
+
+def needed(memories: list[Memory]) -> int:
+    """Bytes a card must have for models that are opened one after the other and then run in turns."""
+    most, held = 0, 0
+    for memory in memories:
+        most = max(most, held + memory.opening)
+        held += memory.held
+    return SHARED_BYTES + max(most, held + max(memory.passing for memory in memories))
+
+
+def cache_bytes(config: LanguageConfig, positions: int) -> int:
+    """The cache in half, as the executor allocates it: in steps of 64 positions."""
+    steps = min(-(-positions // _CACHE_STEP) * _CACHE_STEP, config.max_position_embeddings)
+    sizes = 0
+    for layer in KVCache(config, 1, steps, device="meta").layers:
+        tensors = (layer.k, layer.v) if isinstance(layer, HeadCache) else (layer.latent, layer.k_pe)
+        sizes += sum(tensor.numel() for tensor in tensors)
+    return _HALF * sizes
+
+
+def image_bytes(config: ModelConfig, views: int) -> int:
+    """The vision part's largest set of live halves, in PyTorch: in an MLP, the block's input, the residual stream and its norm
+    (three widths), the first product and its activation (two inner widths), of all patches of all views; and the pixels.
+    """
+    vision = config.vision
+    pixels = 3 * vision.image_size**2
+    return _HALF * views * (vision.grid**2 * (3 * vision.width + 2 * vision.mlp_width) + pixels)
+
+
+def buffer_bytes(config: LanguageConfig, positions: int, rows: int) -> int:
+    """What decode steps of `rows` rows work in: the attention's partial results, logits, probabilities of both models."""
+    heads, vocabulary = config.num_attention_heads, _FLOAT * rows * config.vocab_size
+    if config.use_mla:
+        rank, rope = config.kv_lora_rank or 0, config.qk_rope_head_dim
+        latent = mla_attention.MLAWorkspace.allocate(rows, positions, heads, rank, rope, "meta")
+        attention = latent.queries.nbytes + latent.outputs.nbytes + latent.shares.nbytes
+    else:
+        plain = gqa_attention.GQAWorkspace.allocate(rows, positions, heads, config.head_dim, "meta")
+        attention = plain.outputs.nbytes + plain.shares.nbytes
+    rope_tables = 2 * _FLOAT * config.max_position_embeddings * config.rope_dim // 2
+    return attention + 3 * vocabulary + rope_tables
+
+
+def prefill_bytes(config: LanguageConfig, rows: int) -> int:
+    """An allowance: the residual stream in float32, and halves of the widest layer's inputs and products, of `rows` rows."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    attention = heads * (2 * config.head_dim + 2 * config.value_head_dim)
+    chosen = config.num_experts_per_tok or 0
+    experts = chosen * (2 * hidden + config.moe_intermediate_size)
+    dense = config.intermediate_size if config.first_k_dense_replace or not chosen else 0
+    shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
+    return rows * (_FLOAT * hidden + _HALF * (hidden + max(attention, dense, experts + shared)))
+
+
+def _half_attention(config: LanguageConfig) -> int:
+    """Bytes of the latent projections, which stay in half."""
+    if not config.use_mla:
+        return 0
+    halves = [
+        shape
+        for name, (_, _, shape) in plain_tensors(config, 0).items()
+        if name.endswith(("fused_a.weight", "kv_b_proj.weight"))
+    ]
+    return _HALF * config.num_hidden_layers * sum(math.prod(shape) for shape in halves)
+
+
+def _repacking(config: LanguageConfig, kind: Kind) -> int:
+    """The most that is alive while a weight changes its order: a few experts of a layer with all of it, or the head."""
+    head = _HEAD_REPACK_BYTES * config.vocab_size * config.hidden_size
+    if kind != "int4":
+        return head
+    most = 0
+    for layer in range(config.num_hidden_layers):
+        for linear in linears(config, layer):
+            weights = linear.outputs * linear.inputs
+            at_once = min(_EXPERTS_AT_ONCE, linear.experts or 1)
+            # A byte a weight: the layer as the checkpoint has it, and its finished tiles.
+            most = max(most, _REPACK_BYTES * weights * at_once + weights * (linear.experts or 1))
+    return max(head, most)

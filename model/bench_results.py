@@ -1,0 +1,119 @@
+"""Measured decode steps, as `scripts/bench_decode.py` writes them and `benchmarks/decode-h200.json` keeps them.
+
+    {"gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-21", "command": "python -m ...", "context": 1024,
+     "lm_head": "int8",
+     "models": {"deepseek-vl2-small": [
+         {"rows": 1, "fetch_ahead": true, "us": 1163.7, "kernels": {"embed": {"us": 1.74, "launches": 1}, ...}}, ...]}}
+
+A step's `us` is by replaying its graph, a kernel's the mean of one launch by the profiler; `launches` are those of one step.
+Steps are INT4. A file may also have `copy_gbps` (bytes read and written a second by a large device copy), and a kernel
+`bytes` (of one launch); with both, a kernel has a share. Other keys say how it was measured, and are kept as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtvlm.model.errors import UserError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+"""Where a checkout keeps its results; an installed package has none."""
+DECODE_H200 = BENCHMARKS / "decode-h200.json"
+LOSSLESS = BENCHMARKS / "lossless-int4.json"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One kind of launch in a step: microseconds and, where known, bytes of one, and how often the step launches it."""
+
+    name: str
+    us: float
+    launches: int
+    bytes: int | None = None
+
+    def share(self, copy_gbps: float) -> float | None:
+        """The share of the measured copy bandwidth at which it moves its bytes, where they are known."""
+        return None if self.bytes is None else self.bytes / (self.us * 1e3 * copy_gbps)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One decode step of `rows` rows: milliseconds of the whole, and its kernels."""
+
+    rows: int
+    ms: float
+    operators: tuple[Operator, ...]
+
+    @property
+    def launches(self) -> int:
+        """Kernels in the step."""
+        return sum(operator.launches for operator in self.operators)
+
+
+@dataclass(frozen=True)
+class BenchResults:
+    """What one GPU did, at `context` cached positions: by model, a step of each number of rows, fewest first."""
+
+    gpu: str
+    date: str
+    command: str
+    context: int
+    lm_head: str
+    steps: dict[str, tuple[StepTime, ...]]
+    copy_gbps: float | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> BenchResults:
+        """Read the file. Steps measured without fetching weights ahead, which nobody runs, are left out.
+
+        UserError: it does not hold such measurements.
+        """
+        try:
+            return cls._parse(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{path} does not hold decode measurements ({reason}): measure with scripts/bench_decode.py, or remove it."
+            ) from None
+
+    @classmethod
+    def _parse(cls, raw: dict[str, Any]) -> BenchResults:
+        steps = {}
+        for model, entries in raw["models"].items():
+            found = [_step(model, entry) for entry in entries if entry.get("fetch_ahead", True)]
+            if len({step.rows for step in found}) != len(found):
+                raise ValueError(f"{model} has two steps of the same rows")
+            steps[model] = tuple(sorted(found, key=lambda step: step.rows))
+        copy = raw.get("copy_gbps")
+        return cls(
+            str(raw["gpu"]),
+            str(raw.get("date", "")),
+            str(raw.get("command", "")),
+            int(raw["context"]),
+            str(raw["lm_head"]),
+            {model: found for model, found in steps.items() if found},
+            None if copy is None else float(copy),
+        )
+
+
+def bundled_acceptance() -> float | None:
+    """Drafted tokens that the bundled pair's target accepts a step, as last measured; None where there is no result."""
+    try:
+        raw = json.loads(LOSSLESS.read_text(encoding="utf-8"))
+        return float(raw["accepted"] / raw["steps"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _step(model: str, raw: dict[str, Any]) -> StepTime:
+    operators = tuple(
+        Operator(name, float(kernel["us"]), int(kernel["launches"]), kernel.get("bytes"))
+        for name, kernel in raw["kernels"].items()
+    )
+    step = StepTime(int(raw["rows"]), float(raw["us"]) / 1e3, operators)
+    if step.rows < 1 or step.ms <= 0 or not all(each.us > 0 and each.launches > 0 for each in operators):
+        raise ValueError(f"a step of {model} has no rows or no time")
+    return step
