@@ -72,7 +72,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const u16* key = qkv + size_t(row) * ROW + (HEADS + kv_head) * WIDTH;
         const u16* value = key + KV_HEADS * WIDTH;
         const size_t to = (size_t(kv_head) * span + position) * WIDTH;
-        const bool writes = blockIdx.z == 0;
+        // The tile a row belongs to has a block in this chunk; the first tile may have none.
+        const bool writes = row / ROWS == blockIdx.z;
         rotate(key, cosines, sines, position, keys + at * STRIDE, writes ? key_cache + to : nullptr);
         for (int i = lane_id(); i < WIDTH; i += 32) {
             values[at * STRIDE + i] = value[i];

@@ -140,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
         copy_async(mine + head * KEY_STRIDE + piece * 8, from, there ? 16 : 0);
     }
     copy_commit();
-    if (first >= seen) return;
     copy_wait<0>();
+    if (first >= seen) return;
     __syncthreads();
 
     const int g = lane_id() >> 2, t = lane_id() & 3;
