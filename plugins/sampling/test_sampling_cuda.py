@@ -96,7 +96,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_replays_read_the_state() -> None:
     logits = torch.randn(1, 102400, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 2
     work = cuda.workspace(1, 102400)
-    settings = [Start(0, 0, 1, 9, SEED, temperature=t, top_p=p).state() for t, p in ((0.5, 0.9), (1.0, 1.0))]
+    settings = [Start(0, 0, 1, 9, seed=SEED, temperature=t, top_p=p).state() for t, p in ((0.5, 0.9), (1.0, 1.0))]
     state, candidates = settings[0].cuda(), _candidates(logits)
     probs = torch.empty_like(logits)
     cuda.probabilities(logits, candidates, state, probs, work, 1)
