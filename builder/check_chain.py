@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.chain import Chain, EngineStep, OperatorStep
-from trtvlm.builder.check_onnx import OnnxRunner, difference, widened
-from trtvlm.builder.export import GraphError
+from trtvlm.builder.check_onnx import difference, widened
 from trtvlm.model.attention import MultiHeadLatentAttention
 from trtvlm.model.cache import KVCache, LatentCache
+from trtvlm.model.chain import Chain, EngineStep, OperatorStep
+from trtvlm.model.errors import GraphError
 from trtvlm.model.language import DecoderLayer, LanguageModel
 from trtvlm.model.moe import MoE
 from trtvlm.plugins.gqa_attention.reference import gqa_attention
 from trtvlm.plugins.int4_moe.module import Int4MoE
 from trtvlm.plugins.int4_moe.reference import Int4MLP, int4_moe
 from trtvlm.plugins.mla_attention.reference import mla_attention
+from trtvlm.plugins.onnx_runner import OnnxRunner
 
 if TYPE_CHECKING:
     import onnx

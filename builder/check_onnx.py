@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.export import GraphError, first_line
+from trtvlm.model.errors import GraphError
+from trtvlm.plugins.onnx_runner import OnnxRunner
 
 if TYPE_CHECKING:
     import onnx
@@ -39,37 +40,6 @@ class Difference:
     def worst(self, other: "Difference") -> "Difference":
         """The larger of both measures."""
         return Difference(max(self.rel_l2, other.rel_l2), max(self.max_abs, other.max_abs))
-
-
-class OnnxRunner:
-    """An ONNX graph on the CPU: tensors in and out by name."""
-
-    def __init__(self, name: str, model: "onnx.ModelProto | bytes") -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        # Fusions of the runtime's own are not part of the graph that is being checked.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        # Among them the one that rounds activations to INT8 before multiplying by INT4 weights.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        data = model if isinstance(model, bytes) else model.SerializeToString()
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own kinds; all mean: this graph is not valid
-            raise GraphError(f"onnxruntime refuses the graph '{name}': {first_line(error)}.") from error
-        self.name = name
-        self.outputs = [value.name for value in self._session.get_outputs()]
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run with exactly the graph's inputs -> its outputs by name."""
-        arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        try:
-            results = self._session.run(self.outputs, arrays)
-        except Exception as error:  # likewise
-            raise GraphError(f"onnxruntime cannot run the graph '{self.name}': {first_line(error)}.") from error
-        return {name: torch.from_numpy(result) for name, result in zip(self.outputs, results, strict=True)}
 
 
 def check_graph(

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trtvlm.builder.export import GraphError
-from trtvlm.model.errors import UserError
+from trtvlm.model.errors import GraphError, UserError
 
 if TYPE_CHECKING:
     import onnx

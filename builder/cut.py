@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trtvlm.builder.chain import Chain, EngineStep, OperatorStep, Step, TensorSpec
 from trtvlm.builder.segments import (
     AttentionOut,
     DenseMLP,
@@ -18,6 +17,7 @@ from trtvlm.builder.segments import (
     Segment,
     Stream,
 )
+from trtvlm.model.chain import Chain, EngineStep, OperatorStep, Step, TensorSpec
 from trtvlm.model.config import LanguageConfig
 from trtvlm.model.language import DecoderLayer, LanguageModel
 from trtvlm.plugins.int4_moe.module import Int4MoE

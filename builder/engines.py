@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.chain import Chain, EngineStep
 from trtvlm.builder.check_chain import check_chain
 from trtvlm.builder.check_onnx import Difference, check_graph
 from trtvlm.builder.compile import Profile, Range, check_sm, compile_onnx
 from trtvlm.builder.cut import cut
 from trtvlm.builder.export import ROWS, VIEWS, VisionEncoder, export_onnx, export_vision, max_views
 from trtvlm.model.artifacts import EngineDir
+from trtvlm.model.chain import Chain, EngineStep
 from trtvlm.model.vlm import DeepseekVL2
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_quantized, load_quantized_packed
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trtvlm.model.errors import UserError
+from trtvlm.model.errors import GraphError, first_line
 from trtvlm.model.vlm import DeepseekVL2
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 OPSET = 24
 VIEWS = "views"
 ROWS = "rows"
-
-
-class GraphError(UserError):
-    """A graph could not be exported, gave wrong numbers or was refused by TensorRT: one sentence naming the graph."""
 
 
 class VisionEncoder(nn.Module):
@@ -98,12 +94,6 @@ def dynamic_dimensions(model: "onnx.ModelProto") -> set[str]:
         for dim in value.type.tensor_type.shape.dim
         if dim.HasField("dim_param")
     }
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line without a full stop at the end, or its type when it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _named(name: str, model: "onnx.ModelProto", dynamic: str) -> "onnx.ModelProto":

@@ -9,13 +9,12 @@ from onnx import TensorProto, helper
 
 from tests.tiny import tiny_checkpoint
 from trtvlm.builder.build import BuildSettings, build
-from trtvlm.builder.chain import Chain, EngineStep, OperatorStep
 from trtvlm.builder.compile import Range, check_sm, compile_onnx, read_header, supported_sms, tensorrt_version
 from trtvlm.builder.engines import build_engines
-from trtvlm.builder.export import GraphError
 from trtvlm.builder.trtllm_config import BuildConfig
 from trtvlm.model.artifacts import EngineDir
-from trtvlm.model.errors import UserError
+from trtvlm.model.chain import Chain, EngineStep, OperatorStep
+from trtvlm.model.errors import GraphError, UserError
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader
 
 WIDTHS = {"rows": Range(1, 5, 8)}

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.tiny import tiny_model
-from trtvlm.builder.chain import Chain, EngineStep, OperatorStep
 from trtvlm.builder.check_chain import check_chain
-from trtvlm.builder.check_onnx import OnnxRunner, check_graph, difference, widened
+from trtvlm.builder.check_onnx import check_graph, difference, widened
 from trtvlm.builder.cut import cut
 from trtvlm.builder.engines import inputs
 from trtvlm.builder.export import (
     ROWS,
     VIEWS,
-    GraphError,
     VisionEncoder,
     dynamic_dimensions,
     export_onnx,
@@ -28,12 +26,15 @@ from trtvlm.builder.export import (
     max_views,
 )
 from trtvlm.builder.segments import Norm
+from trtvlm.model.chain import Chain, EngineStep, OperatorStep
+from trtvlm.model.errors import GraphError
 from trtvlm.model.language import LanguageModel
 from trtvlm.model.moe import MoE
 from trtvlm.model.norm import RMSNorm
 from trtvlm.plugins.int4_linear.module import Int4Linear
 from trtvlm.plugins.int4_moe.module import Int4MoE
 from trtvlm.plugins.int8_linear.module import Int8Linear
+from trtvlm.plugins.onnx_runner import OnnxRunner
 
 MAX_ROWS, MAX_WIDTH = 64, 8
 
