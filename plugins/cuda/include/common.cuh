@@ -81,6 +81,17 @@ DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending));
 }
 
+// Blocks of one launch wait for each other through counters: add_release makes all that the block wrote before (and its
+// threads saw, through __syncthreads) visible to whoever then reads the sum with load_acquire.
+DEVICE void add_release(u32* counter, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+DEVICE u32 load_acquire(const u32* counter) {
+    u32 out;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(out) : "l"(counter) : "memory");
+    return out;
+}
+
 // Weights that a later launch will read, brought into L2 while this one leaves the memory idle.
 struct Ahead {
     const char* start[4];
