@@ -7,6 +7,7 @@ neither. TensorRT-LLM has no INT4 form of MLA's query projection; ours stands un
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,50 @@ def layout(config: LanguageConfig, kind: Kind, lm_head: Kind) -> dict[str, Spec]
     return found | {name: spec for name, spec in specs(lm_head, "lm_head", *vocabulary).items() if PREQUANT not in name}
 
 
-class QuantizedReader:
+class QuantizedWeights(ABC):
+    """A language model's tensors under TensorRT-LLM's names, and layers made of them; `get` says where they come from."""
+
+    config: LanguageConfig
+    kind: Kind
+    lm_head: Kind
+    layout: dict[str, Spec]
+
+    @abstractmethod
+    def get(self, name: str) -> Tensor:
+        """One tensor, of the layout's dtype and shape."""
+
+    def optional(self, name: str) -> Tensor | None:
+        """The tensor if the layout has it."""
+        return self.get(name) if name in self.layout else None
+
+    def float_weight(self, name: str) -> Tensor:
+        """The float32 weight [..., out, in] a linear layer `name` multiplies by, whatever it is stored as."""
+        weight = self.get(f"{name}.weight")
+        if f"{name}.{SCALES['int4']}" in self.layout:
+            return int4.dequantize(weight, self.get(f"{name}.{SCALES['int4']}"), self.optional(f"{name}.{PREQUANT}"))
+        if f"{name}.{SCALES['int8']}" in self.layout:
+            return int8.dequantize(weight, self.get(f"{name}.{SCALES['int8']}"))
+        return weight.float()
+
+    def module(self, name: str, rows: slice = slice(None)) -> nn.Module:
+        """A layer over the stored weight (its output rows `rows`): Int4Linear, Int8Linear or a float16 nn.Linear."""
+        weight = self.get(f"{name}.weight")
+        if f"{name}.{SCALES['int4']}" in self.layout:
+            packed = slice(
+                None if rows.start is None else rows.start // 2, None if rows.stop is None else rows.stop // 2
+            )
+            scales = self.get(f"{name}.{SCALES['int4']}")
+            return Int4Linear(
+                weight[packed].contiguous(), scales[rows].contiguous(), self.optional(f"{name}.{PREQUANT}")
+            )
+        if f"{name}.{SCALES['int8']}" in self.layout:
+            return Int8Linear(weight[rows].contiguous(), self.get(f"{name}.{SCALES['int8']}")[rows].contiguous())
+        linear = nn.Linear(weight.shape[1], weight[rows].shape[0], bias=False, dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight[rows].contiguous(), requires_grad=False)
+        return linear
+
+
+class QuantizedReader(QuantizedWeights):
     """Reads an engine directory's language checkpoint; every tensor's dtype and shape is checked against `layout`."""
 
     def __init__(self, engine: EngineDir) -> None:
@@ -185,36 +229,6 @@ class QuantizedReader:
             )
         return tensor
 
-    def optional(self, name: str) -> Tensor | None:
-        """The tensor if the layout has it."""
-        return self.get(name) if name in self.layout else None
-
-    def float_weight(self, name: str) -> Tensor:
-        """The float32 weight [..., out, in] a linear layer `name` multiplies by, whatever it is stored as."""
-        weight = self.get(f"{name}.weight")
-        if f"{name}.{SCALES['int4']}" in self.layout:
-            return int4.dequantize(weight, self.get(f"{name}.{SCALES['int4']}"), self.optional(f"{name}.{PREQUANT}"))
-        if f"{name}.{SCALES['int8']}" in self.layout:
-            return int8.dequantize(weight, self.get(f"{name}.{SCALES['int8']}"))
-        return weight.float()
-
-    def module(self, name: str, rows: slice = slice(None)) -> nn.Module:
-        """A layer over the stored weight (its output rows `rows`): Int4Linear, Int8Linear or a float16 nn.Linear."""
-        weight = self.get(f"{name}.weight")
-        if f"{name}.{SCALES['int4']}" in self.layout:
-            packed = slice(
-                None if rows.start is None else rows.start // 2, None if rows.stop is None else rows.stop // 2
-            )
-            scales = self.get(f"{name}.{SCALES['int4']}")
-            return Int4Linear(
-                weight[packed].contiguous(), scales[rows].contiguous(), self.optional(f"{name}.{PREQUANT}")
-            )
-        if f"{name}.{SCALES['int8']}" in self.layout:
-            return Int8Linear(weight[rows].contiguous(), self.get(f"{name}.{SCALES['int8']}")[rows].contiguous())
-        linear = nn.Linear(weight.shape[1], weight[rows].shape[0], bias=False, dtype=weight.dtype)
-        linear.weight = nn.Parameter(weight[rows].contiguous(), requires_grad=False)
-        return linear
-
 
 def pieces(config: LanguageConfig, fused: Fused) -> Iterator[tuple[str, slice]]:
     """The sources of a layer without experts, each with its output rows."""
@@ -247,14 +261,29 @@ def load_quantized(folder: str | Path) -> DeepseekVL2:
         language.model.norm.weight.copy_(reader.get("transformer.ln_f.weight"))
         language.lm_head.weight.copy_(reader.float_weight("lm_head"))
         for index, layer in enumerate(language.model.layers):
-            _load_plain(reader, layer, index)
-            for fused in linears(reader.config, index):
-                weight = reader.float_weight(layer_prefix(index) + fused.name)
-                for number in range(fused.experts or 1):
-                    whole = weight if fused.experts is None else weight[number]
-                    for source, rows in pieces(reader.config, fused):
-                        layer.get_parameter(source.format(number) + ".weight").copy_(whole[rows])
+            assert isinstance(layer, DecoderLayer)
+            _fill_float(reader, layer, index)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def float_layer(reader: QuantizedWeights, index: int) -> DecoderLayer:
+    """Decoder layer `index` alone, as in `load_quantized`."""
+    with torch.device("meta"):
+        layer = DecoderLayer(reader.config, index)
+    layer = layer.to_empty(device="cpu")
+    _fill_float(reader, layer, index)
+    return layer.eval().requires_grad_(False)
+
+
+def _fill_float(reader: QuantizedWeights, layer: DecoderLayer, index: int) -> None:
+    _load_plain(reader, layer, index)
+    for fused in linears(reader.config, index):
+        weight = reader.float_weight(layer_prefix(index) + fused.name)
+        for number in range(fused.experts or 1):
+            whole = weight if fused.experts is None else weight[number]
+            for source, rows in pieces(reader.config, fused):
+                layer.get_parameter(source.format(number) + ".weight").copy_(whole[rows])
 
 
 def load_quantized_packed(folder: str | Path) -> DeepseekVL2:
@@ -276,17 +305,34 @@ def load_quantized_packed(folder: str | Path) -> DeepseekVL2:
         language.lm_head = reader.module("lm_head")  # type: ignore[assignment]
         for index, layer in enumerate(language.model.layers):
             assert isinstance(layer, DecoderLayer)
-            _load_plain(reader, layer, index)
-            for fused in linears(reader.config, index):
-                name = layer_prefix(index) + fused.name
-                if fused.experts is not None:
-                    _load_experts(reader, layer, fused, name)
-                    continue
-                for source, rows in pieces(reader.config, fused):
-                    _replace(layer, source, reader.module(name, rows))
-            if isinstance(layer.mlp, MoE) and reader.kind == "int4":
-                layer.mlp = _packed_experts(reader, layer.mlp, layer_prefix(index))  # type: ignore[assignment]
+            _fill_packed(reader, layer, index)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def packed_layer(reader: QuantizedWeights, index: int) -> DecoderLayer:
+    """Decoder layer `index` alone, as in `load_quantized_packed`."""
+    with torch.device("meta"):
+        layer = DecoderLayer(reader.config, index).half()
+        if reader.kind == "int4" and isinstance(layer.mlp, MoE):
+            # They stay packed: their place need not be found first.
+            layer.mlp.experts = nn.ModuleList()
+    layer = layer.to_empty(device="cpu")
+    _fill_packed(reader, layer, index)
+    return layer.eval().requires_grad_(False)
+
+
+def _fill_packed(reader: QuantizedWeights, layer: DecoderLayer, index: int) -> None:
+    _load_plain(reader, layer, index)
+    for fused in linears(reader.config, index):
+        name = layer_prefix(index) + fused.name
+        if fused.experts is not None:
+            _load_experts(reader, layer, fused, name)
+            continue
+        for source, rows in pieces(reader.config, fused):
+            _replace(layer, source, reader.module(name, rows))
+    if isinstance(layer.mlp, MoE) and reader.kind == "int4":
+        layer.mlp = _packed_experts(reader, layer.mlp, layer_prefix(index))  # type: ignore[assignment]
 
 
 def load_vision(engine: EngineDir) -> DeepseekVL2:
@@ -311,7 +357,7 @@ def _load_vision(model: DeepseekVL2, engine: EngineDir) -> None:
         ) from None
 
 
-def _load_plain(reader: QuantizedReader, layer: nn.Module, index: int) -> None:
+def _load_plain(reader: QuantizedWeights, layer: nn.Module, index: int) -> None:
     for name, (sources, dtype, _) in plain_tensors(reader.config, index).items():
         tensor = reader.get(layer_prefix(index) + name)
         start = 0
@@ -322,7 +368,7 @@ def _load_plain(reader: QuantizedReader, layer: nn.Module, index: int) -> None:
             start += parameter.shape[0]
 
 
-def _load_experts(reader: QuantizedReader, layer: DecoderLayer, fused: Fused, name: str) -> None:
+def _load_experts(reader: QuantizedWeights, layer: DecoderLayer, fused: Fused, name: str) -> None:
     """Float experts in place, unless they stay packed."""
     if reader.kind == "int4":
         return
@@ -332,7 +378,7 @@ def _load_experts(reader: QuantizedReader, layer: DecoderLayer, fused: Fused, na
             layer.get_parameter(source.format(number) + ".weight").copy_(weight[number, rows])
 
 
-def _packed_experts(reader: QuantizedReader, moe: MoE, prefix: str) -> Int4MoE:
+def _packed_experts(reader: QuantizedWeights, moe: MoE, prefix: str) -> Int4MoE:
     gate = moe.gate
     routing = Routing(
         gate.top_k, "sigmoid" if gate.sigmoid else "softmax", gate.normalise, gate.scaling, gate.groups, gate.top_groups
@@ -368,11 +414,14 @@ __all__ = [
     "Kind",
     "LanguageModel",
     "QuantizedReader",
+    "QuantizedWeights",
+    "float_layer",
     "layer_prefix",
     "layout",
     "linears",
     "load_quantized",
     "load_quantized_packed",
+    "packed_layer",
     "pieces",
     "plain_tensors",
     "specs",

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from trtvlm.model.config import LanguageConfig
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
-from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, layout
+from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, QuantizedWeights, layout
 
 
-class RandomCheckpoint:
+class RandomCheckpoint(QuantizedWeights):
     """What `QuantizedReader` is for an engine directory, with values drawn from a seed and each tensor's name.
 
     Products keep the size of their input (weights of variance 1 / in), norms are near one, and the router's logits
@@ -30,10 +30,6 @@ class RandomCheckpoint:
         self.config, self.kind, self.lm_head = config, kind, lm_head
         self.layout = layout(config, kind, lm_head)
         self._seed, self._device = seed, torch.device(device)
-
-    def optional(self, name: str) -> Tensor | None:
-        """The tensor if the layout has it."""
-        return self.get(name) if name in self.layout else None
 
     def get(self, name: str) -> Tensor:
         """One tensor, of the layout's dtype and shape, on the device. KeyError if the layout has no such name."""
