@@ -37,6 +37,7 @@ class SafetensorsWriter:
         self.layout = dict(layout)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
+        self._rows: dict[str, int] = {}
         end = 0
         # Wide types first, then by name, as the safetensors library orders them: every tensor stays aligned.
         for name in sorted(self.layout, key=lambda name: (-self.layout[name][0].itemsize, name)):
@@ -66,8 +67,28 @@ class SafetensorsWriter:
             raise ValueError(f"{name} is not in the layout, or was written before")
         if (tensor.dtype, tuple(tensor.shape)) != self.layout[name]:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the layout says {self.layout[name]}")
-        self._file.seek(self._start + self._offsets.pop(name))
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self._put(self._offsets.pop(name), tensor)
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Put rows of a tensor's first dimension in their place, from `start` on; each row once, in order.
+
+        ValueError if they are not what the layout says, or not the next ones.
+        """
+        if name not in self._offsets:
+            raise ValueError(f"{name} is not in the layout, or was written before")
+        dtype, shape = self.layout[name]
+        if rows.dtype != dtype or rows.shape[1:] != shape[1:] or start + len(rows) > shape[0]:
+            raise ValueError(f"rows of {name} are {rows.dtype} {tuple(rows.shape)}, the layout says {(dtype, shape)}")
+        if start != self._rows.get(name, 0):
+            raise ValueError(f"{name} has {self._rows.get(name, 0)} rows, so row {start} is not the next one")
+        self._put(self._offsets[name] + start * nbytes((dtype, shape[1:])), rows)
+        self._rows[name] = start + len(rows)
+        if self._rows[name] == shape[0]:
+            del self._offsets[name]
+
+    def _put(self, offset: int, tensor: Tensor) -> None:
+        self._file.seek(self._start + offset)
+        self._file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def written(self, prefix: str) -> None:
         """Count the tensors below `prefix` as written: a run before did it."""

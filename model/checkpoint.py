@@ -1,7 +1,7 @@
 """Checkpoints in the official layout: found by name, read lazily from any number of shards, checked tensor by tensor."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
+from trtvlm.model.random_weights import RANDOM, RandomWeights
 from trtvlm.model.vlm import DeepseekVL2
 
 WEIGHTS = "model.safetensors"
@@ -62,13 +63,20 @@ def _download(name: str) -> Path:
 
 
 class CheckpointReader:
-    """Reads single tensors of a checkpoint folder, memory-mapped, whichever shard they are in."""
+    """Reads single tensors of a checkpoint folder, memory-mapped, whichever shard they are in.
+
+    A folder with RANDOM in place of its shards has random weights, made as they are read.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
+        self._random: RandomWeights | None = None
         index = self.folder / INDEX
-        if index.exists():
+        if (self.folder / RANDOM).exists():
+            self._random = RandomWeights.open(self.folder)
+            self._files = dict.fromkeys(self._random.shapes, self.folder / RANDOM)
+        elif index.exists():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 self._files = {str(name): self.folder / str(shard) for name, shard in weight_map.items()}
@@ -116,33 +124,71 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
-        with self._open(self._file_of(name)) as shard:
-            return tuple(shard.get_slice(name).get_shape())
+        return self.shapes([name])[name]
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of many tensors, without reading them."""
+        by_file = self._by_file(names)
+        if self._random is not None:
+            return {name: self._random.shapes[name] for found in by_file.values() for name in found}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, found in by_file.items():
+            with self._open(path) as shard:
+                shapes |= {name: tuple(shard.get_slice(name).get_shape()) for name in found}
+        return shapes
 
     def get(self, name: str) -> Tensor:
         """The tensor as it is stored. Raises UserError when it is not in the checkpoint."""
+        return next(self._read([name]))[1]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of a tensor's first dimension, without reading the others."""
         path = self._file_of(name)
+        if self._random is not None:
+            return self._random.rows(name, start, stop)
         with self._open(path) as shard:
             try:
-                tensor: Tensor = shard.get_tensor(name)
+                rows: Tensor = shard.get_slice(name)[start:stop]
             except SafetensorError as error:
                 raise UserError(f"{path} is damaged at tensor {name} ({error}); download it again.") from None
-        return tensor
+        return rows
 
     def load_into(self, module: torch.nn.Module, prefix: str) -> None:
         """Copy every parameter of `module` from the tensors named `prefix` + its name, in the module's dtype and device.
 
         Raises UserError naming the tensor that is missing or has another shape than the configuration says.
         """
-        for name, parameter in module.named_parameters():
-            tensor = self.get(prefix + name)
+        parameters = {prefix + name: parameter for name, parameter in module.named_parameters()}
+        for name, tensor in self._read(parameters):
+            parameter = parameters[name]
             if tensor.shape != parameter.shape:
                 raise UserError(
-                    f"The tensor {prefix + name} of {self.folder} has shape {list(tensor.shape)}, but config.json makes it "
+                    f"The tensor {name} of {self.folder} has shape {list(tensor.shape)}, but config.json makes it "
                     f"{list(parameter.shape)}; the two do not belong together."
                 )
             with torch.no_grad():
                 parameter.copy_(tensor)
+
+    def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
+        """A file is opened once for all that is read of it: a header names thousands of tensors."""
+        found: dict[Path, list[str]] = {}
+        for name in names:
+            found.setdefault(self._file_of(name), []).append(name)
+        return found
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        by_file = self._by_file(names)
+        if self._random is not None:
+            yield from self._random.many(name for found in by_file.values() for name in found)
+            return
+        for path, found in by_file.items():
+            with self._open(path) as shard:
+                for name in found:
+                    try:
+                        tensor: Tensor = shard.get_tensor(name)
+                    except SafetensorError as error:
+                        raise UserError(f"{path} is damaged at tensor {name} ({error}); download it again.") from None
+                    yield name, tensor
 
 
 def load_model(
