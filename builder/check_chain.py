@@ -1,7 +1,7 @@
 """The whole chain on the CPU, onnxruntime for segments and reference operators between, against the language model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from trtvlm.builder.check_onnx import difference, widened
-from trtvlm.model.attention import MultiHeadLatentAttention
+from trtvlm.builder.layers import Layers
+from trtvlm.model.attention import MultiHeadLatentAttention, causal_mask
 from trtvlm.model.cache import KVCache, LatentCache
 from trtvlm.model.chain import Chain, EngineStep, OperatorStep
+from trtvlm.model.config import LanguageConfig
 from trtvlm.model.errors import GraphError
-from trtvlm.model.language import DecoderLayer, LanguageModel
+from trtvlm.model.language import DecoderLayer
 from trtvlm.model.moe import MoE
+from trtvlm.model.rope import rope_table
 from trtvlm.plugins.gqa_attention.reference import gqa_attention
 from trtvlm.plugins.int4_moe.module import Int4MoE
 from trtvlm.plugins.int4_moe.reference import Int4MLP, int4_moe
@@ -48,37 +51,6 @@ class ChainDifference:
     agreement: float
 
 
-class ReferenceOperators:
-    """The plugins' reference operators over a packed language model, in one dtype, with empty caches of their own."""
-
-    def __init__(self, language: LanguageModel, exact: LanguageModel, dtype: torch.dtype, longest: int) -> None:
-        """Float experts are rounded to float16 in `language` already: in float32 they are taken from `exact`."""
-        self._caches = KVCache(language.config, 1, longest, dtype).layers
-        self._layers = [layer for layer in language.model.layers if isinstance(layer, DecoderLayer)]
-        floats = exact if dtype == torch.float32 else language
-        # Packed experts stay as they are: their operators take the activation's dtype.
-        self._experts: list[nn.Module] = [
-            layer.mlp if isinstance(layer.mlp, Int4MoE) else other.get_submodule("mlp")
-            for layer, other in zip(self._layers, floats.model.layers, strict=True)
-        ]
-
-    def __call__(self, step: OperatorStep, inputs: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
-        """Run `step` for rows at positions `start`, `start` + 1, ...: inputs by name -> outputs by name."""
-        (output,) = step.outputs
-        if step.operator.endswith("moe"):
-            return {output: after_router(self._experts[step.layer], inputs["normed"], inputs["router_logits"])}
-        cache, cursor = self._caches[step.layer], torch.tensor([start])
-        common = (step.attributes[name] for name in ("heads", "scale", "rope_theta"))
-        if isinstance(cache, LatentCache):
-            attention = self._layers[step.layer].self_attn
-            assert isinstance(attention, MultiHeadLatentAttention)
-            weight = attention.kv_b_proj.weight
-            parts = inputs["q"], inputs["latent"], inputs["k_pe"], weight, cache.latent[0], cache.k_pe[0]
-            return {output: mla_attention(*parts, cursor, *common)}
-        heads = inputs["q"], inputs["k"], inputs["v"], cache.k[0], cache.v[0]
-        return {output: gqa_attention(*heads, cursor, *common)}
-
-
 def after_router(experts: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
     """A MoE layer from its input [rows, hidden] and its router's logits float32 [rows, experts] -> [rows, hidden]."""
     if isinstance(experts, Int4MoE):
@@ -106,75 +78,144 @@ def after_router(experts: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
     return out
 
 
-class ChainRunner:
-    """A whole language model on the CPU: tokens of one sequence in, logits out, with the cache in the operators."""
+Pass = tuple[int, int]
+"""A pass over the model: the position of its first row, and its rows."""
 
-    def __init__(self, chain: Chain, graphs: Mapping[str, OnnxRunner], operators: ReferenceOperators) -> None:
-        self._chain, self._graphs, self._operators = chain, graphs, operators
 
-    def __call__(self, tokens: Tensor, start: int, last_only: bool = False) -> Tensor:
-        """Token ids int64 [rows] at positions from `start` on -> logits float32 [rows or 1, vocab]."""
-        tensors = {self._chain.input: tokens}
-        for step in self._chain.steps:
-            inputs = {name: tensors[source] for name, source in step.inputs.items()}
-            if isinstance(step, EngineStep):
-                if step.rows == "last" and last_only:
-                    inputs = {name: value[-1:] for name, value in inputs.items()}
-                outputs = self._graphs[step.name](inputs)
+def passes_of(width: int, longest: int) -> list[Pass]:
+    """A prefill and decodes of several widths; the last overwrites what the third wrote, as when a draft was refused."""
+    prefill = max(1, min(24, longest - width - 1))
+    found = [(0, prefill), (prefill, 1), (prefill + 1, width), (prefill + 2, min(2, width))]
+    return [(start, rows) for start, rows in found if start + rows <= longest]
+
+
+class ChainRun:
+    """A chain's tensors in one dtype, pass by pass; steps are run in order, each for all passes, and then forgotten."""
+
+    def __init__(self, chain: Chain, tokens: Tensor, passes: Sequence[Pass], dtype: torch.dtype) -> None:
+        """Token ids int64 [positions]; `dtype` float32 is for widened graphs."""
+        self._chain, self._passes, self._dtype = chain, passes, dtype
+        self._tensors = [{chain.input: tokens[start : start + rows]} for start, rows in passes]
+
+    def engine(self, step: EngineStep, graph: "onnx.ModelProto") -> None:
+        """Run a segment's graph."""
+        runner = OnnxRunner(step.name, widened(graph) if self._dtype == torch.float32 else graph)
+        for (start, _), inputs, tensors in zip(self._passes, self._inputs(step), self._tensors, strict=True):
+            if step.rows == "last" and not start:
+                inputs = {name: value[-1:] for name, value in inputs.items()}
+            outputs = runner(inputs)
+            tensors.update({target: outputs[name] for name, target in step.outputs.items()})
+
+    def attention(self, step: OperatorStep, layer: DecoderLayer, config: LanguageConfig) -> None:
+        """Run an attention operator of `layer`, with an empty cache of its own."""
+        longest = max(start + rows for start, rows in self._passes)
+        cache = KVCache(dataclasses.replace(config, num_hidden_layers=1), 1, longest, self._dtype).layers[0]
+        (output,) = step.outputs
+        common = [step.attributes[name] for name in ("heads", "scale", "rope_theta")]
+        for (start, _), inputs, tensors in zip(self._passes, self._inputs(step), self._tensors, strict=True):
+            cursor = torch.tensor([start])
+            if isinstance(cache, LatentCache):
+                assert isinstance(layer.self_attn, MultiHeadLatentAttention)
+                weight = layer.self_attn.kv_b_proj.weight
+                parts = inputs["q"], inputs["latent"], inputs["k_pe"], weight, cache.latent[0], cache.k_pe[0]
+                found = mla_attention(*parts, cursor, *common)
             else:
-                outputs = self._operators(step, inputs, start)
-            tensors |= {target: outputs[name] for name, target in step.outputs.items()}
-        return tensors[self._chain.output]
+                found = gqa_attention(inputs["q"], inputs["k"], inputs["v"], cache.k[0], cache.v[0], cursor, *common)
+            tensors[step.outputs[output]] = found
+
+    def experts(self, step: OperatorStep, experts: nn.Module) -> None:
+        """Run an experts operator, on the rows of all passes at once: each expert is unpacked only once."""
+        inputs = self._inputs(step)
+        x, logits = (torch.cat([each[name] for each in inputs]) for name in ("normed", "router_logits"))
+        (output,) = step.outputs
+        found = after_router(experts, x, logits).split([each["normed"].shape[0] for each in inputs])
+        for tensors, rows in zip(self._tensors, found, strict=True):
+            tensors[step.outputs[output]] = rows
+
+    def logits(self) -> Tensor:
+        """Float32 [1 + the decodes' rows, vocab]: of a prefill only the last row has any."""
+        return torch.cat([tensors[self._chain.output] for tensors in self._tensors])
+
+    def _inputs(self, step: EngineStep | OperatorStep) -> list[dict[str, Tensor]]:
+        return [{name: tensors[source] for name, source in step.inputs.items()} for tensors in self._tensors]
+
+
+class Reference:
+    """The language model in float32 on the same tokens, a layer at a time."""
+
+    def __init__(self, layers: Layers, tokens: Tensor) -> None:
+        """Token ids int64 [positions]."""
+        config = layers.config
+        table = rope_table(config.rope_dim, config.max_position_embeddings, config.rope_theta)
+        self._rope = (table[0][: tokens.numel()].unsqueeze(0), table[1][: tokens.numel()].unsqueeze(0))
+        self._mask = causal_mask(tokens.numel(), 0, None, tokens.device)
+        self._layers = layers
+        self._x = layers.embed_tokens()(tokens).unsqueeze(0)
+
+    def through(self, index: int) -> None:
+        """Run decoder layer `index`."""
+        self._x = self._layers.layer(index)(self._x, self._rope, self._mask)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Float32 [rows, vocab] at the positions `rows`."""
+        out: Tensor = self._layers.lm_head()(self._layers.norm()(self._x[0, rows]))
+        return out.float()
 
 
 @torch.no_grad()
 def check_chain(
     part: str,
     chain: Chain,
-    graphs: Mapping[str, "onnx.ModelProto"],
-    packed: LanguageModel,
-    language: LanguageModel,
+    graph: Callable[[str], "onnx.ModelProto"],
+    packed: Layers,
+    language: Layers,
     *,
     exact: float = EXACT,
     rounded: float = ROUNDED,
 ) -> ChainDifference:
     """Run the whole chain, a prefill and decodes of several widths with a rollback, against `language` in float32.
 
-    `packed` is the model that was cut, with the operators' weights; `language` the same one in float32. First every
-    graph is widened to float32 and every row must agree within `exact`, which finds any tensor wired wrongly; then as
-    compiled, where the median row must agree within `rounded`. Raises GraphError naming the part.
+    `graph` gives a segment's graph by name; `packed` has the operators' weights as they are stored, `language` the same
+    model in float32. Steps are run one after the other, each for every pass, so no more than a layer need be in memory.
+    Widened to float32 every row must agree within `exact`, which finds any tensor wired wrongly; as compiled, the median
+    row within `rounded`. Raises GraphError naming the part.
     """
-    width, longest = chain.profiles["decode"][2], chain.profiles["prefill"][2]
-    prefill = max(1, min(24, longest - width - 1))
-    # (start, rows): the last pass overwrites what the third wrote, as a step does whose draft was refused.
-    passes = [(0, prefill), (prefill, 1), (prefill + 1, width), (prefill + 2, min(2, width))]
-    passes = [(start, rows) for start, rows in passes if start + rows <= longest]
+    config = language.config
+    passes = passes_of(chain.profiles["decode"][2], min(chain.profiles["prefill"][2], config.max_position_embeddings))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, language.config.vocab_size, (sum(passes[-1]) + width,), generator=generator)[:longest]
-    logits = language(language.model.embed_tokens(tokens).unsqueeze(0))[0]
-    expected = torch.cat([logits[start + (rows - 1 if not start else 0) : start + rows] for start, rows in passes])
-
-    def run(dtype: torch.dtype) -> Tensor:
-        wide = dtype == torch.float32
-        runners = {name: OnnxRunner(name, widened(graph) if wide else graph) for name, graph in graphs.items()}
-        runner = ChainRunner(chain, runners, ReferenceOperators(packed, language, dtype, longest))
-        return torch.cat([runner(tokens[start : start + rows], start, last_only=not start) for start, rows in passes])
-
-    wide_error = _rows_rel_l2(run(torch.float32), expected).max().item()
+    tokens = torch.randint(0, config.vocab_size, (max(sum(each) for each in passes),), generator=generator)
+    reference = Reference(language, tokens)
+    wide, narrow = (ChainRun(chain, tokens, passes, dtype) for dtype in (torch.float32, torch.float16))
+    for step in chain.steps:
+        if isinstance(step, EngineStep):
+            found = graph(step.name)
+            for run in (wide, narrow):
+                run.engine(step, found)
+        elif step.operator.endswith("attention"):
+            reference.through(step.layer)
+            for run in (wide, narrow):
+                run.attention(step, packed.layer(step.layer), config)
+        else:
+            stored = packed.layer(step.layer).mlp
+            # Float experts are rounded to float16 in `packed`; packed ones take the activation's dtype.
+            wide.experts(step, stored if isinstance(stored, Int4MoE) else language.layer(step.layer).mlp)
+            narrow.experts(step, stored)
+    rows = [range(start + (rows - 1 if not start else 0), start + rows) for start, rows in passes]
+    expected = reference.logits(torch.tensor([row for each in rows for row in each]))
+    wide_error = _rows_rel_l2(wide.logits(), expected).max().item()
     if not wide_error <= exact:
         raise GraphError(
             f"The {part}'s segments and operators together (float32) give logits with a relative error of "
             f"{wide_error:.2e} against PyTorch, over the {exact:.2e} allowed: the chain is wired wrongly."
         )
-    found = run(torch.float16)
-    error = _rows_rel_l2(found, expected).median().item()
+    error = _rows_rel_l2(narrow.logits(), expected).median().item()
     if not error <= rounded:
         raise GraphError(
             f"The {part}'s segments and operators together give logits with a relative error of {error:.2e} against "
             f"PyTorch, over the {rounded:.2e} allowed."
         )
-    agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    return ChainDifference(error, difference(found, expected).max_abs, agreement)
+    agreement = (narrow.logits().argmax(-1) == expected.argmax(-1)).float().mean().item()
+    return ChainDifference(error, difference(narrow.logits(), expected).max_abs, agreement)
 
 
 def _rows_rel_l2(found: Tensor, expected: Tensor) -> Tensor:

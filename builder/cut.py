@@ -4,8 +4,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trtvlm.builder.layers import Layers, WholeModel
 from trtvlm.builder.segments import (
     AttentionOut,
+    Closing,
     DenseMLP,
     Embed,
     ExpertsIn,
@@ -19,33 +21,96 @@ from trtvlm.builder.segments import (
 )
 from trtvlm.model.chain import Chain, EngineStep, OperatorStep, Step, TensorSpec
 from trtvlm.model.config import LanguageConfig
-from trtvlm.model.language import DecoderLayer, LanguageModel
+from trtvlm.model.language import LanguageModel
 from trtvlm.plugins.int4_moe.module import Int4MoE
-from trtvlm.plugins.quantized_checkpoint import layer_prefix
+from trtvlm.plugins.quantized_checkpoint import Kind, layer_prefix
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a segment is made of: the end of layer `opened`'s attention or experts, perhaps its MLP, and what follows.
+
+    Without `closing` it is the embedding.
+    """
+
+    opening: type[Opening] = Stream
+    opened: int = 0
+    dense: bool = False
+    closing: type[Closing] | None = None
+    closed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """All that is the same for segments that differ only in their weights."""
+        closing = self.closing.__name__ if self.closing else ""
+        return f"{self.opening.__name__} {'dense ' if self.dense else ''}{closing}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the module's inputs, in order."""
+        return self.opening.inputs if self.closing else Embed.inputs
+
+    @property
+    def passes_residual(self) -> bool:
+        """Whether the first output is the residual stream."""
+        return self.closing is not None and Segment.passes(self.opening, self.closing)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the module's outputs, in order."""
+        if self.closing is None:
+            return Embed.outputs
+        return (("residual_out",) if self.passes_residual else ()) + self.closing.outputs
+
+    def module(self, layers: Layers) -> Segment | Embed:
+        """The module, over the weights of `layers`."""
+        if self.closing is None:
+            return Embed(layers.embed_tokens())
+        opening = AttentionOut(layers.layer(self.opened)) if issubclass(self.opening, AttentionOut) else self.opening()
+        dense = DenseMLP(layers.layer(self.opened)) if self.dense else None
+        if self.closing is Head:
+            return Segment(opening, Head(layers.norm(), layers.lm_head()), dense)
+        return Segment(opening, self.closing(layers.layer(self.closed)), dense)  # type: ignore[arg-type, call-arg]
 
 
 def cut(
     language: LanguageModel, weights: Collection[str] = (), *, max_rows: int, max_width: int
 ) -> tuple[Chain, dict[str, Segment | Embed]]:
-    """Cut a language model -> the chain, and each segment's module by name.
+    """Cut a language model in memory -> the chain, and each segment's module by name.
 
     The modules share the model's weights and dtype. `weights` are the names in rank0.safetensors, `max_width` is the
     most rows of a decode pass, `max_rows` of a prefill.
     """
-    config = language.config
-    links = _Links(config, str(language.model.norm.weight.dtype).removeprefix("torch."), weights)
-    links.start(language)
-    for index, layer in enumerate(language.model.layers):
-        assert isinstance(layer, DecoderLayer)
-        links.attention(layer, index)
+    dtype = str(language.model.norm.weight.dtype).removeprefix("torch.")
+    packed = any(isinstance(module, Int4MoE) for module in language.modules())
+    kind: Kind = "int4" if packed else "fp16"
+    chain, recipes = cut_config(language.config, kind, weights, dtype=dtype, max_rows=max_rows, max_width=max_width)
+    layers = WholeModel(language)
+    return chain, {name: recipe.module(layers) for name, recipe in recipes.items()}
+
+
+def cut_config(
+    config: LanguageConfig,
+    kind: Kind,
+    weights: Collection[str] = (),
+    *,
+    dtype: str = "float16",
+    max_rows: int,
+    max_width: int,
+) -> tuple[Chain, dict[str, Recipe]]:
+    """`cut` without a model: the chain, and how each segment is made. `kind` is how linear layers are stored."""
+    links = _Links(config, kind, dtype, weights)
+    links.start()
+    for index in range(config.num_hidden_layers):
+        links.attention(index)
         if config.is_moe(index):
-            links.experts(layer, index)
+            links.experts(index)
         else:
-            links.dense = DenseMLP(layer)
-    links.close("head", Head(language.model.norm, language.lm_head), ["logits"], rows="last")
+            links.dense = True
+    links.close("head", Head, 0, ["logits"], rows="last")
     best = max(1, max_rows // 2)
     profiles = {"decode": (1, min(5, max_width), max_width), "prefill": (1, best, max_rows)}
-    return Chain(links.tensors, tuple(links.steps), _cache(config, links.dtype), profiles), links.modules
+    return Chain(links.tensors, tuple(links.steps), _cache(config, links.dtype), profiles), links.recipes
 
 
 @dataclass
@@ -53,29 +118,31 @@ class _Links:
     """The chain under construction: what is finished, and the segment that the last operator opened."""
 
     config: LanguageConfig
+    kind: Kind
     dtype: str
     weights: Collection[str]
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
-    modules: dict[str, Segment | Embed] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
 
-    opening: Opening = field(default_factory=Stream)
+    opening: type[Opening] = Stream
+    layer: int = 0
     opened: str = ""
     inputs: tuple[str, ...] = ("hidden.0",)
-    dense: DenseMLP | None = None
+    dense: bool = False
 
-    def start(self, language: LanguageModel) -> None:
+    def start(self) -> None:
         self.tensors["tokens"] = TensorSpec("int64", ("rows",))
         self._tensor("hidden.0", self.config.hidden_size)
-        self._engine("embed", Embed(language.model.embed_tokens), ["tokens"], ["hidden.0"])
+        self._engine("embed", Recipe(), ["tokens"], ["hidden.0"])
 
-    def attention(self, layer: DecoderLayer, index: int) -> None:
+    def attention(self, index: int) -> None:
         config = self.config
-        closing = LatentAttentionIn(layer) if config.use_mla else HeadAttentionIn(layer)
+        closing = LatentAttentionIn if config.use_mla else HeadAttentionIn
         names = [f"{name}.{index}" for name in closing.outputs]
         for name, width in zip(names, _attention_widths(config), strict=True):
             self._tensor(name, width)
-        stream = self.close(f"attention{index}_in", closing, names, f"hidden.{index}")
+        stream = self.close(f"attention{index}_in", closing, index, names, f"hidden.{index}")
         attention = self._tensor(f"attention.{index}", config.num_attention_heads * config.value_head_dim)
         # Of the attention's weights only kv_b_proj is the operator's; the others are in segments.
         name = f"{layer_prefix(index)}attention.kv_b_proj.weight"
@@ -84,15 +151,14 @@ class _Links:
         operator = "mla_attention" if config.use_mla else "gqa_attention"
         inputs = dict(zip(closing.outputs, names, strict=True))
         self.steps.append(OperatorStep(operator, index, inputs, {"attention": attention}, weights, numbers))
-        self._open(AttentionOut(layer), f"attention{index}_out_", (stream, attention))
+        self._open(AttentionOut, index, f"attention{index}_out_", (stream, attention))
 
-    def experts(self, layer: DecoderLayer, index: int) -> None:
+    def experts(self, index: int) -> None:
         config = self.config
-        closing = ExpertsIn(layer)
-        names = [f"{name}.{index}" for name in closing.outputs]
+        names = [f"{name}.{index}" for name in ExpertsIn.outputs]
         self._tensor(names[0], config.hidden_size)
-        self._tensor(names[1], closing.router.shape[0], "float32")
-        stream = self.close(f"experts{index}_in", closing, names, f"between.{index}")
+        self._tensor(names[1], config.n_routed_experts or 0, "float32")
+        stream = self.close(f"experts{index}_in", ExpertsIn, index, names, f"between.{index}")
         experts = self._tensor(f"experts.{index}", config.hidden_size)
         prefix = f"{layer_prefix(index)}mlp."
         below = {name.removeprefix(prefix): name for name in self.weights if name.startswith(prefix)}
@@ -106,31 +172,32 @@ class _Links:
             "groups": config.n_group or 1,
             "top_groups": config.topk_group or 1,
         }
-        operator = "int4_moe" if isinstance(layer.mlp, Int4MoE) else "moe"
-        inputs = dict(zip(closing.outputs, names, strict=True))
+        operator = "int4_moe" if self.kind == "int4" else "moe"
+        inputs = dict(zip(ExpertsIn.outputs, names, strict=True))
         self.steps.append(OperatorStep(operator, index, inputs, {"experts": experts}, weights, numbers))
-        self._open(ExpertsOut(), f"experts{index}_out_", (stream, experts))
+        self._open(ExpertsOut, index, f"experts{index}_out_", (stream, experts))
 
     def close(
         self,
         what: str,
-        closing: LatentAttentionIn | HeadAttentionIn | ExpertsIn | Head,
+        closing: type[Closing],
+        layer: int,
         names: Sequence[str],
         stream: str = "",
         rows: Literal["all", "last"] = "all",
     ) -> str:
         """Finish the open segment; its outputs get `names`, and the residual stream `stream` -> the stream's name."""
-        if isinstance(closing, Head):
+        if closing is Head:
             self._tensor(names[0], self.config.vocab_size, "float32")
-        segment = Segment(self.opening, closing, self.dense)
+        recipe = Recipe(self.opening, self.layer, self.dense, closing, layer)
         outputs = [*names]
-        if segment.passes_residual:
+        if recipe.passes_residual:
             outputs.insert(0, self._tensor(stream, self.config.hidden_size))
-        self._engine(self.opened + what, segment, self.inputs, outputs, rows)
-        return outputs[0] if segment.passes_residual else self.inputs[0]
+        self._engine(self.opened + what, recipe, self.inputs, outputs, rows)
+        return outputs[0] if recipe.passes_residual else self.inputs[0]
 
-    def _open(self, opening: Opening, opened: str, inputs: tuple[str, ...]) -> None:
-        self.opening, self.opened, self.inputs, self.dense = opening, opened, inputs, None
+    def _open(self, opening: type[Opening], layer: int, opened: str, inputs: tuple[str, ...]) -> None:
+        self.opening, self.layer, self.opened, self.inputs, self.dense = opening, layer, opened, inputs, False
 
     def _tensor(self, name: str, width: int, dtype: str | None = None) -> str:
         self.tensors[name] = TensorSpec(dtype or self.dtype, ("rows", width))
@@ -139,14 +206,14 @@ class _Links:
     def _engine(
         self,
         what: str,
-        module: Segment | Embed,
+        recipe: Recipe,
         inputs: Sequence[str],
         outputs: Sequence[str],
         rows: Literal["all", "last"] = "all",
     ) -> None:
-        name = f"{len(self.modules):02d}_{what}"
-        self.modules[name] = module
-        taken, made = dict(zip(module.inputs, inputs, strict=True)), dict(zip(module.outputs, outputs, strict=True))
+        name = f"{len(self.recipes):02d}_{what}"
+        self.recipes[name] = recipe
+        taken, made = dict(zip(recipe.inputs, inputs, strict=True)), dict(zip(recipe.outputs, outputs, strict=True))
         self.steps.append(EngineStep(name, taken, made, rows))
 
 

@@ -1,23 +1,38 @@
-"""The engines of an engine directory: vision, the target's language model, the draft's; exported, checked, compiled."""
+"""The engines of an engine directory: vision, the target's language model, the draft's; exported, checked, compiled.
 
+A graph at a time: its module is made from the quantized checkpoint, exported, compared with PyTorch, compiled, written and
+freed, so no model is ever whole in memory.
+"""
+
+import hashlib
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from trtvlm import __version__
+from trtvlm.builder.aside import Aside
 from trtvlm.builder.check_chain import check_chain
 from trtvlm.builder.check_onnx import Difference, check_graph
-from trtvlm.builder.compile import Profile, Range, check_sm, compile_onnx
-from trtvlm.builder.cut import cut
-from trtvlm.builder.export import ROWS, VIEWS, VisionEncoder, export_onnx, export_vision, max_views
+from trtvlm.builder.compile import Profile, Range, check_sm, tensorrt_version
+from trtvlm.builder.cut import cut_config
+from trtvlm.builder.engine_cache import EngineCache
+from trtvlm.builder.export import ROWS, VIEWS, VisionEncoder, export_vision, max_views
+from trtvlm.builder.finished_graphs import FinishedGraphs
+from trtvlm.builder.layers import FloatLayers, PackedLayers
+from trtvlm.builder.reuse import SegmentExporter
+from trtvlm.builder.unfinished import digest_of
 from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.chain import Chain, EngineStep
 from trtvlm.model.vlm import DeepseekVL2
-from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_quantized, load_quantized_packed
+from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_vision
 
 if TYPE_CHECKING:
     import onnx
@@ -28,14 +43,25 @@ Progress = Callable[[str], None]
 # Row counts at which a segment is compared: one, an odd one, and one that only the prefill profile has.
 _CHECKED_ROWS = (1, 3, 24)
 _CHECKED_VIEWS = (1, 3)
+# Bytes of vision weights from which the vision part is built in a process of its own, beside the language model: that
+# process takes five seconds to begin, and at SigLIP-SO400M's size a minute and six times the weights.
+_ASIDE = 100_000_000
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One graph to export, check and compile, and the folder its files go to."""
+class Limits:
+    """What engines are built for: the compute capability (86 is 8.6), and the most rows of a prefill and a decode."""
+
+    sm: int
+    max_seq_len: int
+    max_width: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph to export, check and compile."""
 
     name: str
-    folder: Path
     export: Callable[[], "onnx.ModelProto"]
     module: nn.Module
     batches: Sequence[Mapping[str, Tensor]]
@@ -43,12 +69,20 @@ class _Job:
 
 
 def build_engines(
-    engine_dir: Path, *, sm: int, max_seq_len: int, max_width: int, progress: Progress | None = None
+    engine_dir: Path,
+    *,
+    sm: int,
+    max_seq_len: int,
+    max_width: int,
+    progress: Progress | None = None,
+    unfinished: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Build every engine of a finished quantized directory and of its `draft/`, checking each graph on the way.
 
     Writes vision/vision.{onnx,engine}, language/*.{onnx,engine} and language/chain.json. Engines are for compute
     capability `sm` (86 means 8.6) and take up to `max_width` tokens in a decode pass and `max_seq_len` in a prefill.
+
+    unfinished: a folder on the same disk to keep finished graphs in; with one, a run goes on where a killed one was.
 
     Returns a record a graph: part ("target" or "draft"), name, onnx_bytes, engine_bytes, seconds (export, check and
     compile), rel_l2 and max_abs_diff against the float32 module; and one a part named "chain" with the whole language
@@ -56,64 +90,110 @@ def build_engines(
     that cannot be built for, and GraphError naming the graph that went wrong.
     """
     check_sm(sm)
-    target = EngineDir(Path(engine_dir))
+    target, limits = EngineDir(Path(engine_dir)), Limits(sm, max_seq_len, max_width)
     parts = {"target": target} | ({"draft": target.draft} if target.draft else {})
     records: list[dict[str, Any]] = []
-    for part, engine in parts.items():
-        records += _build_part(part, engine, sm, max_seq_len, max_width, progress or (lambda what: None))
+    with ExitStack() as stack:
+        if unfinished is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".engines.", dir=target.path))
+            unfinished = Path(folder)
+        for part, engine in parts.items():
+            finished = FinishedGraphs(unfinished / part, _digest(engine, limits))
+            records += _build_part(part, engine, limits, finished, progress or (lambda what: None))
     return records
 
 
 def _build_part(
-    part: str, engine: EngineDir, sm: int, max_seq_len: int, max_width: int, progress: Progress
+    part: str, engine: EngineDir, limits: Limits, finished: FinishedGraphs, progress: Progress
 ) -> list[dict[str, Any]]:
-    progress(f"{part}: reading the quantized model")
-    packed = load_quantized_packed(engine.path)
-    names = QuantizedReader(engine).layout
-    chain, modules = cut(packed.language, names, max_rows=max_seq_len, max_width=max_width)
-    steps = list(chain.engines())
-    jobs = [
-        _vision_job(packed, engine.vision),
-        *(_segment_job(chain, step, modules[step.name], engine.language) for step in steps),
-    ]
-    records, graphs = [], {}
-    for number, job in enumerate(jobs, 1):
-        progress(f"{part} {job.name} ({number} of {len(jobs)})")
-        started = time.monotonic()
-        graph, record = _build(job, sm)
-        graphs[job.name] = graph
-        records.append({"part": part, **record, "seconds": round(time.monotonic() - started, 3)})
+    with ExitStack() as stack:
+        aside = None
+        if finished.record("vision") is None and engine.vision_weights.stat().st_size > _ASIDE:
+            progress(f"{part}: the vision part, in a process beside this one")
+            aside = stack.enter_context(Aside(build_vision, engine, limits, finished))
+        records = [] if aside else [_reported(part, "vision", progress, lambda: build_vision(engine, limits, finished))]
+        language, chain = _build_language(part, engine, limits, finished, progress)
+        records += language
+        if aside is not None:
+            progress(f"{part}: the vision part")
+            records.insert(0, {"part": part, **aside.result()})
+    for record in records:
+        finished.place(record["name"], engine.vision if record["name"] == "vision" else engine.language)
     progress(f"{part}: the whole chain against PyTorch")
-    started = time.monotonic()
-    segments = {step.name: graphs[step.name] for step in steps}
-    found = check_chain(part, chain, segments, packed.language, load_quantized(engine.path).language)
-    (engine.language / "chain.json").write_text(chain.to_json(), encoding="utf-8")
-    record = {"part": part, "name": "chain", "onnx_bytes": 0, "engine_bytes": 0, "agreement": round(found.agreement, 4)}
-    measures = {"rel_l2": found.rel_l2, "max_abs_diff": found.max_abs}
-    return [*records, {**record, **measures, "seconds": round(time.monotonic() - started, 3)}]
+    return [*records, {"part": part, **_check(part, engine, chain)}]
 
 
-def _build(job: _Job, sm: int) -> tuple["onnx.ModelProto", dict[str, Any]]:
-    """Export, check, compile and write one graph -> the graph and its record without part and seconds."""
+def _build_language(
+    part: str, engine: EngineDir, limits: Limits, finished: FinishedGraphs, progress: Progress
+) -> tuple[list[dict[str, Any]], Chain]:
+    reader = QuantizedReader(engine)
+    chain, recipes = cut_config(
+        reader.config, reader.kind, reader.layout, max_rows=limits.max_seq_len, max_width=limits.max_width
+    )
+    layers, exporter, cache, records = PackedLayers(reader), SegmentExporter(), EngineCache(), []
+    steps = list(chain.engines())
+    for number, step in enumerate(steps, 1):
+
+        def build(step: EngineStep = step) -> dict[str, Any]:
+            recipe = recipes[step.name]
+            job = segment_job(chain, step, recipe.kind, recipe.module(layers), exporter)
+            return build_graph(job, limits.sm, finished, cache)
+
+        records.append(_reported(part, step.name, progress, build, f" ({number} of {len(steps)})", finished))
+    return records, chain
+
+
+def _reported(
+    part: str,
+    name: str,
+    progress: Progress,
+    build: Callable[[], dict[str, Any]],
+    count: str = "",
+    finished: FinishedGraphs | None = None,
+) -> dict[str, Any]:
+    progress(f"{part} {name}{count}")
+    record = finished.record(name) if finished else None
+    return {"part": part, **(record or build())}
+
+
+def build_vision(engine: EngineDir, limits: Limits, finished: FinishedGraphs) -> dict[str, Any]:
+    """Build the vision part's graph -> its record."""
+    found = finished.record("vision")
+    return found or build_graph(vision_job(load_vision(engine)), limits.sm, finished, EngineCache())
+
+
+def build_graph(job: Job, sm: int, finished: FinishedGraphs, cache: EngineCache) -> dict[str, Any]:
+    """Export, check, compile and keep one graph -> its record without its part; "export", "check" and "compile" seconds."""
+    times = [time.monotonic()]
     graph = job.export()
+    times.append(time.monotonic())
     difference: Difference = check_graph(job.name, graph, job.module, job.batches)
+    times.append(time.monotonic())
     serialized = graph.SerializeToString(deterministic=True)
-    engine = compile_onnx(job.name, serialized, job.profiles, sm=sm)
-    job.folder.mkdir(exist_ok=True)
-    (job.folder / f"{job.name}.onnx").write_bytes(serialized)
-    (job.folder / f"{job.name}.engine").write_bytes(engine)
-    return graph, {
+    del graph
+    engine = cache.compile(job.name, serialized, job.profiles, sm=sm)
+    times.append(time.monotonic())
+    stages = {
+        what: round(end - start, 3)
+        for what, start, end in zip(("export", "check", "compile"), times, times[1:], strict=False)
+    }
+    record = {
         "name": job.name,
         "onnx_bytes": len(serialized),
         "engine_bytes": len(engine),
         "rel_l2": difference.rel_l2,
         "max_abs_diff": difference.max_abs,
+        "seconds": round(times[-1] - times[0], 3),
+        "stages": stages,
     }
+    finished.finish(job.name, serialized, engine, record)
+    return record
 
 
-def _vision_job(model: DeepseekVL2, folder: Path) -> _Job:
+def vision_job(model: DeepseekVL2, most: int | None = None) -> Job:
+    """The graph of the vision part of `model`, for 1 to `most` views: by default as many as an image can have."""
     config = model.config
-    most = max_views(config.candidate_resolutions, config.tile_size)
+    most = most or max_views(config.candidate_resolutions, config.tile_size)
     generator = torch.Generator().manual_seed(0)
     shape = 3, config.tile_size, config.tile_size
     batches = [
@@ -122,19 +202,21 @@ def _vision_job(model: DeepseekVL2, folder: Path) -> _Job:
         if views <= most
     ]
     profile = {VIEWS: Range(1, min(5, most), most)}
-    return _Job("vision", folder, lambda: export_vision(model, most), VisionEncoder(model), batches, [profile])
+    return Job("vision", lambda: export_vision(model, most), VisionEncoder(model), batches, [profile])
 
 
-def _segment_job(chain: Chain, step: EngineStep, module: nn.Module, folder: Path) -> _Job:
+def segment_job(chain: Chain, step: EngineStep, kind: str, module: nn.Module, exporter: SegmentExporter) -> Job:
+    """The graph of one segment; `kind` as `SegmentExporter` wants it."""
     profiles = [chain.profiles["decode"]] + ([chain.profiles["prefill"]] if step.rows == "all" else [])
     most = max(profile[2] for profile in profiles)
     batches = [inputs(chain, step, rows) for rows in _CHECKED_ROWS if rows <= most]
     example = inputs(chain, step, 2)
 
     def export() -> "onnx.ModelProto":
-        return export_onnx(step.name, module, example, list(step.outputs), dynamic=ROWS, largest=most)
+        names = list(step.outputs)
+        return exporter.export(kind, step.name, module, example, names, dynamic=ROWS, largest=most)
 
-    return _Job(step.name, folder, export, module, batches, [{ROWS: Range(*profile)} for profile in profiles])
+    return Job(step.name, export, module, batches, [{ROWS: Range(*profile)} for profile in profiles])
 
 
 def inputs(chain: Chain, step: EngineStep, rows: int) -> dict[str, Tensor]:
@@ -151,3 +233,36 @@ def inputs(chain: Chain, step: EngineStep, rows: int) -> dict[str, Tensor]:
         else:
             values[name] = torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
     return values
+
+
+def _check(part: str, engine: EngineDir, chain: Chain) -> dict[str, Any]:
+    """The whole language model from its files -> the chain's record."""
+    import onnx
+
+    started = time.monotonic()
+    reader = QuantizedReader(engine)
+
+    def graph(name: str) -> onnx.ModelProto:
+        return onnx.load(engine.language / f"{name}.onnx")
+
+    found = check_chain(part, chain, graph, PackedLayers(reader), FloatLayers(reader))
+    (engine.language / "chain.json").write_text(chain.to_json(), encoding="utf-8")
+    sizes = {"onnx_bytes": 0, "engine_bytes": 0}
+    measures = {"agreement": round(found.agreement, 4), "rel_l2": found.rel_l2, "max_abs_diff": found.max_abs}
+    return {"name": "chain", **sizes, **measures, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _digest(engine: EngineDir, limits: Limits) -> str:
+    """Of everything that decides the engines of one part."""
+    weights = [hashlib.sha256(), hashlib.sha256()]
+    for digest, file in zip(weights, (engine.weights, engine.vision_weights), strict=True):
+        for block in _blocks(file):
+            digest.update(block)
+    versions = [__version__, tensorrt_version(), *(version(name) for name in ("torch", "onnx", "onnxscript"))]
+    return digest_of(engine.model_config(), limits, versions, *(digest.digest() for digest in weights))
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            yield block

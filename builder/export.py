@@ -50,7 +50,14 @@ def export_onnx(
     dimension, called `dynamic`, 1..`largest`; the example inputs need at least 2 there, because torch.export treats 0
     and 1 as constants. Raises GraphError naming the graph.
     """
-    from trtvlm.plugins.onnx_table import custom_translation_table, standardise
+    return standard_graph(name, export_operators(name, module, inputs, outputs, dynamic, largest), dynamic)
+
+
+def export_operators(
+    name: str, module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: str, largest: int
+) -> "onnx.ModelProto":
+    """`export_onnx` before its end: the project's operators are nodes of their own, weights are named as in `module`."""
+    from trtvlm.plugins.onnx_table import custom_translation_table
 
     dimension = torch.export.Dim(dynamic, min=1, max=max(2, largest))
     shapes = tuple({0: dimension} for _ in inputs)
@@ -67,8 +74,19 @@ def export_onnx(
                 verbose=False,
             )
             assert exported is not None
-            model = standardise(exported.model_proto)
+            model: onnx.ModelProto = exported.model_proto
+            return model
     except Exception as error:  # the exporter raises many kinds; all mean: this module cannot be written as ONNX
+        raise GraphError(f"The graph '{name}' could not be exported to ONNX: {first_line(error)}") from error
+
+
+def standard_graph(name: str, model: "onnx.ModelProto", dynamic: str) -> "onnx.ModelProto":
+    """Finish what `export_operators` gave, in place: standard nodes for linear operators, and its names."""
+    from trtvlm.plugins.onnx_table import standardise
+
+    try:
+        model = standardise(model)
+    except ValueError as error:
         raise GraphError(f"The graph '{name}' could not be exported to ONNX: {first_line(error)}") from error
     return _named(name, model, dynamic)
 

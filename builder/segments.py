@@ -188,9 +188,13 @@ class Segment(nn.Module):
         super().__init__()
         self.opening, self.dense, self.closing = opening, dense, closing
         self.inputs: tuple[str, ...] = opening.inputs
-        # The residual stream goes on unless it ends here, or nothing was added to it (then it is the input itself).
-        self.passes_residual = not isinstance(closing, Head) and not isinstance(opening, Stream)
+        self.passes_residual = self.passes(type(opening), type(closing))
         self.outputs: tuple[str, ...] = (("residual_out",) if self.passes_residual else ()) + closing.outputs
+
+    @staticmethod
+    def passes(opening: type[Opening], closing: type[Closing]) -> bool:
+        """Whether the residual stream goes on: not if it ends here, or nothing was added to it (it is the input itself)."""
+        return closing is not Head and opening is not Stream
 
     def forward(self, stream: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:
         """The tensors named by `inputs`, one or two -> those named by `outputs`."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.tiny import tiny_model
-from trtvlm.builder.check_chain import check_chain
+from trtvlm.builder.check_chain import ChainDifference, check_chain
 from trtvlm.builder.check_onnx import check_graph, difference, widened
 from trtvlm.builder.cut import cut
 from trtvlm.builder.engines import inputs
@@ -25,6 +25,7 @@ from trtvlm.builder.export import (
     export_vision,
     max_views,
 )
+from trtvlm.builder.layers import WholeModel
 from trtvlm.builder.segments import Norm
 from trtvlm.model.chain import Chain, EngineStep, OperatorStep
 from trtvlm.model.errors import GraphError
@@ -164,8 +165,13 @@ def test_every_segment_equals_its_module(built: Built) -> None:
         assert dynamic_dimensions(built.graphs[step.name]) == {ROWS}
 
 
+def _check(part: str, chain: Chain, built: Built, **limits: float) -> ChainDifference:
+    layers = WholeModel(built.packed), WholeModel(built.exact)
+    return check_chain(part, chain, built.graphs.__getitem__, *layers, **limits)
+
+
 def test_the_whole_chain_equals_the_language_model(built: Built) -> None:
-    found = check_chain("target", built.chain, built.graphs, built.packed, built.exact, exact=1e-4, rounded=5e-3)
+    found = _check("target", built.chain, built, exact=1e-4, rounded=5e-3)
     # A prefill's last row and 11 decoded rows; random logits can tie within rounding.
     assert found.agreement >= 10 / 12
 
@@ -178,7 +184,7 @@ def test_a_crossed_wire_is_found(built: Built) -> None:
 
     chain = dataclasses.replace(built.chain, steps=tuple(crossed(step) for step in built.chain.steps))
     with pytest.raises(GraphError, match="draft's segments and operators together"):
-        check_chain("draft", chain, built.graphs, built.packed, built.exact)
+        _check("draft", chain, built)
 
 
 def test_the_chain_says_all_a_runtime_needs(built: Built) -> None:
