@@ -27,10 +27,12 @@ DEVICE void rotate(const u16* from, const float* cosines, const float* sines, in
     }
 }
 
-// Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. qkv half [rows, (HEADS + 2 KV_HEADS) * WIDTH], caches half [KV_HEADS, span, WIDTH],
+// Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. q half [rows,
+// HEADS * WIDTH], k and v half [rows, KV_HEADS * WIDTH], their rows a stride apart, caches half [KV_HEADS, span, WIDTH],
 // tables float [positions, WIDTH / 2]; outputs float [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attend(const u16* qkv, const float* cosines, const float* sines, const int* cursor, float scale, u16* key_cache,
+    attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
+           const float* sines, const int* cursor, float scale, u16* key_cache,
            u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const char* ahead0, int bytes0, const char* ahead1, int bytes1, const char* ahead2, int bytes2,
            const char* ahead3, int bytes3) {
     if (blockIdx.x >= room) {
@@ -42,11 +44,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // The queries are done with when the weights come.
     __shared__ __align__(16) u16 mine[16 * (STRIDE > WEIGHT_STRIDE ? STRIDE : WEIGHT_STRIDE)];
     __shared__ float scores[16 * SCORE_STRIDE];
-    constexpr int ROW = (HEADS + 2 * KV_HEADS) * WIDTH;
     const int chunk = blockIdx.x, kv_head = blockIdx.y, row0 = blockIdx.z * ROWS, first = chunk * CHUNK;
     const int rows = less_of(ROWS, all_rows - row0), start = *cursor;
     if (first > start + row0 + rows - 1) return;
-    // What was cached before; the new positions come out of qkv, as nobody waits for who writes them to the cache.
+    // What was cached before; the new positions come out of k and v, as nobody waits for who writes them to the cache.
     constexpr int PIECES = WIDTH / 8;
     for (int index = threadIdx.x; index < CHUNK * PIECES; index += THREADS) {
         const int at = index / PIECES, piece = index % PIECES, position = first + at;
@@ -60,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int m = warp_id(); m < 16; m += WARPS) {
         const int row = row0 + m / GROUP;
         if (m < rows * GROUP) {
-            const u16* from = qkv + size_t(row) * ROW + (kv_head * GROUP + m % GROUP) * WIDTH;
+            const u16* from = q + size_t(row) * q_stride + (kv_head * GROUP + m % GROUP) * WIDTH;
             rotate(from, cosines, sines, start + row, mine + m * STRIDE, nullptr);
         } else {
             for (int i = lane_id(); i < WIDTH; i += 32) mine[m * STRIDE + i] = 0;
@@ -69,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int row = warp_id(); row < all_rows; row += WARPS) {
         const int position = start + row, at = position - first;
         if (at < 0 || at >= CHUNK) continue;
-        const u16* key = qkv + size_t(row) * ROW + (HEADS + kv_head) * WIDTH;
-        const u16* value = key + KV_HEADS * WIDTH;
+        const u16* key = k + size_t(row) * kv_stride + kv_head * WIDTH;
+        const u16* value = v + size_t(row) * kv_stride + kv_head * WIDTH;
         const size_t to = (size_t(kv_head) * span + position) * WIDTH;
         // The tile a row belongs to has a block in this chunk; the first tile may have none.
         const bool writes = row / ROWS == blockIdx.z;

@@ -36,7 +36,7 @@ class GQAWorkspace:
 
 
 def gqa_decode(
-    qkv: Tensor,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     heads: int,
     rope: tuple[Tensor, Tensor],
     key_cache: Tensor,
@@ -50,7 +50,7 @@ def gqa_decode(
 ) -> None:
     """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
 
-    qkv half [rows, (heads + 2 * kv_heads) * d] as projected, rope: float32 tables [positions, d / 2], out half [rows,
+    qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables [positions, d / 2], out half [rows,
     heads * d]. span: positions that the cursor and the rows stay within. coming: weights that
     later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 2 query heads a key head, or
     heads wider than 128.
@@ -58,13 +58,17 @@ def gqa_decode(
     kv_heads, positions, width = key_cache.shape
     if heads // kv_heads > 2 or width > 128 or width % 16:
         raise ValueError(f"the kernel takes up to 2 heads a key head of 16 to 128, not {heads // kv_heads} of {width}")
+    if isinstance(qkv, tuple):
+        q, k, v = qkv
+    else:
+        q, k, v = qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
     macros = defines(HEADS=heads, KV_HEADS=kv_heads, WIDTH=width)
     chunks = workspace.chunks
     scale = width**-0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     extra = 0 if coming[0] is None else BLOCKS
     kernel(SOURCE, "attend", macros)(
-        (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, qkv, *rope, cursor, scale, key_cache, value_cache, positions,
+        (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, q, q.stride(0), k, v, k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions,
         workspace.outputs, workspace.shares, chunks, rows, room, *coming,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)

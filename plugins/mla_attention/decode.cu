@@ -17,9 +17,10 @@ static_assert(RANK % 64 == 0 && ROPE % 16 == 0 && VALUE % 16 == 0, "sizes the ke
 constexpr int ABSORB_WARPS = 4;
 constexpr int ABSORB_BLOCKS = (HEADS * RANK_TILES + ABSORB_WARPS - 1) / ABSORB_WARPS;
 
-// Row `row`: its rotated query parts to `queries`, its latent and rotated key part to the caches.
-DEVICE void append(const u16* q, const u16* kv, const u16* norm, const float* cosines, const float* sines, int position,
-                   u16* queries, u16* latent_cache, u16* rope_cache) {
+// A row: its rotated query parts to `queries`, its latent and rotated key part to the caches. A latent without `norm` is
+// normalised already.
+DEVICE void append(const u16* q, const u16* latent, const u16* k_pe, const u16* norm, const float* cosines,
+                   const float* sines, int position, u16* queries, u16* latent_cache, u16* rope_cache) {
     constexpr int THREADS = 32 * ABSORB_WARPS, PAIRS = ROPE / 2;
     __shared__ float sums[ABSORB_WARPS];
     constexpr int EACH = (RANK / 2 + THREADS - 1) / THREADS;  // pairs of latent values a thread
@@ -28,7 +29,7 @@ DEVICE void append(const u16* q, const u16* kv, const u16* norm, const float* co
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const int pair = i * THREADS + threadIdx.x;
-        value[i] = pair < RANK / 2 ? reinterpret_cast<const u32*>(kv)[pair] : 0;
+        value[i] = pair < RANK / 2 ? reinterpret_cast<const u32*>(latent)[pair] : 0;
         sum += low_half(value[i]) * low_half(value[i]) + high_half(value[i]) * high_half(value[i]);
     }
     sum = warp_sum(sum);
@@ -43,9 +44,12 @@ DEVICE void append(const u16* q, const u16* kv, const u16* norm, const float* co
     for (int i = 0; i < EACH; ++i) {
         const int pair = i * THREADS + threadIdx.x;
         if (pair < RANK / 2) {
-            const u32 factor = reinterpret_cast<const u32*>(norm)[pair];
-            reinterpret_cast<u32*>(latent_cache + size_t(position) * RANK)[pair] = floats_to_halves(
-                low_half(value[i]) * rms * low_half(factor), high_half(value[i]) * rms * high_half(factor));
+            if (norm) {
+                const u32 factor = reinterpret_cast<const u32*>(norm)[pair];
+                value[i] = floats_to_halves(low_half(value[i]) * rms * low_half(factor),
+                                            high_half(value[i]) * rms * high_half(factor));
+            }
+            reinterpret_cast<u32*>(latent_cache + size_t(position) * RANK)[pair] = value[i];
         }
     }
     cosines += position * PAIRS;
@@ -53,7 +57,7 @@ DEVICE void append(const u16* q, const u16* kv, const u16* norm, const float* co
     // Head HEADS stands for the key.
     for (int index = threadIdx.x; index < (HEADS + 1) * PAIRS; index += THREADS) {
         const int head = index / PAIRS, pair = index % PAIRS;
-        const u16* from = head < HEADS ? q + head * HEAD + NOPE : kv + RANK;
+        const u16* from = head < HEADS ? q + head * HEAD + NOPE : k_pe;
         u16* to = head < HEADS ? queries + head * KEY + RANK : rope_cache + size_t(position) * ROPE;
         const u32 both = reinterpret_cast<const u32*>(from)[pair];
         const float x = low_half(both), y = high_half(both), c = cosines[pair], s = sines[pair];
@@ -63,17 +67,19 @@ DEVICE void append(const u16* q, const u16* kv, const u16* norm, const float* co
 }
 
 // Blocks 0 .. ABSORB_BLOCKS - 1: a warp a tile of 16 latent values of one head. The 8 after them: a row each.
-// q half [rows, HEADS * HEAD], kv half [rows, RANK + ROPE], keys half tiles [HEADS, RANK / 16, NOPE_GROUPS], tables float
-// [positions, ROPE / 2], queries half [rows, HEADS, KEY].
+// q half [rows, HEADS * HEAD], latent half [rows, RANK] and k_pe half [rows, ROPE], their rows a stride apart, keys half tiles
+// [HEADS, RANK / 16, NOPE_GROUPS], tables float [positions, ROPE / 2], queries half [rows, HEADS, KEY].
 extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
-    absorb(const u16* q, const u16* kv, const uint4* keys, const u16* norm, const float* cosines, const float* sines,
-           const int* cursor, u16* queries, u16* latent_cache, u16* rope_cache, int all_rows) {
+    absorb(const u16* q, const u16* latent, int latent_stride, const u16* k_pe, int k_pe_stride, const uint4* keys,
+           const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, u16* latent_cache,
+           u16* rope_cache, int all_rows) {
     const int row0 = blockIdx.y * COLUMNS, rows = less_of(COLUMNS, all_rows - row0);
     if (blockIdx.x >= ABSORB_BLOCKS) {
         const int row = blockIdx.x - ABSORB_BLOCKS;
         if (row < rows)
-            append(q + size_t(row0 + row) * HEADS * HEAD, kv + size_t(row0 + row) * KEY, norm, cosines, sines,
-                   *cursor + row0 + row, queries + size_t(row0 + row) * HEADS * KEY, latent_cache, rope_cache);
+            append(q + size_t(row0 + row) * HEADS * HEAD, latent + size_t(row0 + row) * latent_stride,
+                   k_pe + size_t(row0 + row) * k_pe_stride, norm, cosines, sines, *cursor + row0 + row,
+                   queries + size_t(row0 + row) * HEADS * KEY, latent_cache, rope_cache);
         return;
     }
     const int unit = blockIdx.x * ABSORB_WARPS + warp_id();

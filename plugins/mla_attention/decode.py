@@ -22,14 +22,16 @@ _ABSORB_WARPS, _ATTEND_WARPS, _COMBINE_WARPS = 4, 8, 8
 
 @dataclass(frozen=True)
 class MLAWeights:
-    """kv_b_proj in two halves, and the latent's norm. Sizes: heads, and the widths of a head's parts and the latent.
+    """kv_b_proj in two halves, and the latent's norm (none: it comes normalised).
+
+    Sizes: heads, and the widths of a head's parts and the latent.
 
     keys half tiles [heads, rank / 16, nope / 64 rounded up, 4, 32, 8], values half tiles [heads, v / 16, rank / 64, ...].
     """
 
     keys: Tensor
     values: Tensor
-    norm: Tensor
+    norm: Tensor | None
     heads: int
     nope: int
     rope: int
@@ -37,7 +39,7 @@ class MLAWeights:
     rank: int
 
     @classmethod
-    def pack(cls, kv_b: Tensor, norm: Tensor, heads: int, nope: int, rope: int) -> MLAWeights:
+    def pack(cls, kv_b: Tensor, norm: Tensor | None, heads: int, nope: int, rope: int) -> MLAWeights:
         """From kv_b_proj half [heads * (nope + v), rank] and kv_a_layernorm half [rank]."""
         rank = kv_b.shape[1]
         per_head = kv_b.view(heads, -1, rank)
@@ -73,7 +75,7 @@ class MLAWorkspace:
 
 def mla_decode(
     q: Tensor,
-    kv: Tensor,
+    kv: Tensor | tuple[Tensor, Tensor],
     weights: MLAWeights,
     rope: tuple[Tensor, Tensor],
     latent_cache: Tensor,
@@ -87,11 +89,12 @@ def mla_decode(
 ) -> None:
     """Append rows at cursor int32 [1] to latent_cache half [S, rank] and rope_cache half [S, rope], and attend.
 
-    q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, rope: float32 tables [positions,
+    q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32 tables [positions,
     rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within. coming: weights that later
     launches read (`trtvlm.plugins.cuda.ahead`).
     """
     w = weights
+    latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
     macros = defines(HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank)
     tiles = -(-rows // COLUMNS)
     absorb_blocks = -(-w.heads * (w.rank // 16) // _ABSORB_WARPS) + COLUMNS
@@ -100,7 +103,10 @@ def mla_decode(
         (absorb_blocks, tiles),
         32 * _ABSORB_WARPS,
         q,
-        kv,
+        latent,
+        latent.stride(0),
+        k_pe,
+        k_pe.stride(0),
         w.keys,
         w.norm,
         *rope,
