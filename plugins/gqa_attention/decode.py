@@ -50,8 +50,8 @@ def gqa_decode(
 ) -> None:
     """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
 
-    qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables [positions, d / 2], out half [rows,
-    heads * d]. span: positions that the cursor and the rows stay within. coming: weights that
+    qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables
+    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. coming: weights that
     later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 2 query heads a key head, or
     heads wider than 128.
     """
@@ -68,8 +68,8 @@ def gqa_decode(
     room = min(chunks, -(-span // CHUNK))
     extra = 0 if coming[0] is None else BLOCKS
     kernel(SOURCE, "attend", macros)(
-        (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, q, q.stride(0), k, v, k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions,
-        workspace.outputs, workspace.shares, chunks, rows, room, *coming,
+        (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, q, q.stride(0), k, v, k.stride(0), *rope, cursor,
+        scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks, rows, room, *coming,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
     kernel(SOURCE, "combine", macros)(

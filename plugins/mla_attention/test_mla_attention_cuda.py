@@ -178,6 +178,8 @@ def test_a_graph_reads_the_cursor_anew() -> None:
             (case.weights.values, fresh.weights.values),
             (case.weights.norm, fresh.weights.norm),
         ):
+            assert mine is not None
+            assert theirs is not None
             mine.copy_(theirs)
         at.fill_(cursor)
         case.out.fill_(torch.nan)
