@@ -90,8 +90,8 @@ def mla_decode(
     """Append rows at cursor int32 [1] to latent_cache half [S, rank] and rope_cache half [S, rope], and attend.
 
     q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32
-    tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within. coming: weights that later
-    launches read (`trtvlm.plugins.cuda.ahead`).
+    tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within.
+    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`).
     """
     w = weights
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])

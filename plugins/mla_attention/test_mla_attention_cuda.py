@@ -173,14 +173,14 @@ def test_a_graph_reads_the_cursor_anew() -> None:
         fresh = make(size, cursor, rows)
         for mine, theirs in zip((case.q, case.kv, *case.caches), (fresh.q, fresh.kv, *fresh.caches), strict=True):
             mine.copy_(theirs)
-        for mine, theirs in (
+        for held, new in (
             (case.weights.keys, fresh.weights.keys),
             (case.weights.values, fresh.weights.values),
             (case.weights.norm, fresh.weights.norm),
         ):
-            assert mine is not None
-            assert theirs is not None
-            mine.copy_(theirs)
+            assert held is not None
+            assert new is not None
+            held.copy_(new)
         at.fill_(cursor)
         case.out.fill_(torch.nan)
         graph.replay()
