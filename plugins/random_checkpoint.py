@@ -46,7 +46,7 @@ class RandomCheckpoint(QuantizedWeights):
             return self._uniform(shape, generator, 0.8 * spread, 1.2 * spread).half().float()
         if name.endswith(SCALES["int8"]):
             spread = 1 / (73.9 * self.config.hidden_size**0.5)
-            return self._uniform(shape, generator, 0.8 * spread, 1.2 * spread)
+            return self._uniform(shape, generator, 0.8 * spread, 1.2 * spread).half().float()
         if name.endswith(PREQUANT):
             return self._uniform(shape[-1:], generator, 0.8, 1.2).expand(shape).to(dtype)
         if len(shape) == 1:
