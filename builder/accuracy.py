@@ -1,11 +1,13 @@
-"""How well the quantized model answers, beside the float one, on held-out samples."""
+"""How well the quantized model answers, beside the float one, on held-out samples; both models stand whole in memory.
+
+The build compares layer by layer (`verify.py`), and only has models that are small enough read here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import jiwer
 import torch
 from torch import Tensor
 
@@ -49,6 +51,8 @@ def compare(
 
 def character_error_rate(model: DeepseekVL2, samples: Sequence[Sample], processor: Processor) -> float:
     """CER of greedy reading over the samples that have an answer."""
+    import jiwer
+
     known = [sample for sample in samples if sample.answer.strip()]
     readings = read_greedily(model, known, processor)
     return float(jiwer.cer([_folded(sample.answer) for sample in known], [_folded(text) for text in readings]))

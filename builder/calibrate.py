@@ -87,7 +87,7 @@ def prepare(samples: list[Sample], processor: Processor) -> list[ModelInputs]:
 
 @torch.no_grad()
 def embeddings(model: DeepseekVL2, inputs: ModelInputs) -> Tensor:
-    """What the first decoder layer sees of one sample: [1, T, hidden]."""
-    return model.embed(
-        inputs.input_ids[None], inputs.images_seq_mask[None], inputs.images_spatial_crop[None], inputs.pixels[None]
-    )
+    """What the first decoder layer sees of one sample: [1, T, hidden], where the model is."""
+    device = model.image_newline.device
+    ids, is_image, pixels = (x.to(device) for x in (inputs.input_ids, inputs.images_seq_mask, inputs.pixels))
+    return model.embed(ids[None], is_image[None], inputs.images_spatial_crop[None], pixels[None])

@@ -12,37 +12,52 @@ DAMPING = 0.01
 
 
 @torch.no_grad()
-def compensated_codes(weight: Tensor, scales: Tensor, inputs: Tensor) -> Tensor:
-    """INT4 codes int8 [out, in] of a weight [out, in] under scales [out, in / 64] that keep its products (GPTQ).
+def gram(inputs: Tensor) -> Tensor:
+    """X^T X / rows of inputs [rows, in]: float32 [in, in]; zeros when there are no rows."""
+    x = inputs.float()
+    return x.t() @ x / max(1, x.shape[0])
 
-    Input by input, in order, the rounding error is spread over the inputs still to come so that the output on `inputs`
-    [rows, in] changes least: GPTQ (arXiv 2210.17323, algorithm 1), with H = X^T X and the Cholesky factor of its
-    inverse. With inputs that are not correlated, these are the nearest codes.
+
+@torch.no_grad()
+def compensated_codes(weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """INT4 codes int8 [..., out, in] of a weight under scales [..., out, in / 64] that keep its products (GPTQ).
+
+    Input by input, in order, the rounding error is spread over the inputs still to come so that the output on what was
+    seen changes least: GPTQ (arXiv 2210.17323, algorithm 1), with H = `gram` [..., in, in] of the inputs and the Cholesky
+    factor of its inverse. With inputs that are not correlated, or none, these are the nearest codes.
     """
-    factor = _inverse_factor(inputs)
+    factor = inverse_factor(hessian)
     left = weight.float().clone()
-    codes = torch.empty_like(left)
-    for start in range(0, left.shape[1], GROUP_SIZE):
+    codes = torch.empty(left.shape, dtype=torch.int8, device=left.device)
+    for start in range(0, left.shape[-1], GROUP_SIZE):
         end = start + GROUP_SIZE
-        scale = scales[:, start // GROUP_SIZE].float()
-        errors = torch.empty(left.shape[0], GROUP_SIZE, device=left.device)
-        for column in range(start, end):
-            code = (left[:, column] / scale).round().clamp(LOWEST, HIGHEST)
-            codes[:, column] = code
-            error = (left[:, column] - code * scale) / factor[column, column]
-            left[:, column + 1 : end] -= torch.outer(error, factor[column, column + 1 : end])
-            errors[:, column - start] = error
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return codes.to(torch.int8)
+        # Column by column in a small copy: its rows are contiguous columns, all experts at once.
+        block = left[..., start:end].movedim(-1, 0).contiguous()
+        scale = scales[..., start // GROUP_SIZE].float()
+        near = factor[..., start:end, start:end].movedim((-2, -1), (0, 1)).contiguous().unsqueeze(-1)
+        errors = torch.empty_like(block)
+        for column in range(GROUP_SIZE):
+            code = (block[column] / scale).round_().clamp_(LOWEST, HIGHEST)
+            codes[..., start + column] = code
+            torch.div(block[column] - code * scale, near[column, column], out=errors[column])
+            if column + 1 < GROUP_SIZE:
+                block[column + 1 :] -= near[column, column + 1 :] * errors[column]
+        left[..., end:] -= errors.movedim(0, -1) @ factor[..., start:end, end:]
+    return codes
 
 
-def _inverse_factor(inputs: Tensor) -> Tensor:
-    """The upper Cholesky factor [in, in] of the inverse of the damped H."""
-    x = inputs.double()
-    hessian = x.t() @ x / x.shape[0]
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor U of the inverse of the damped H [..., in, in], U^T U = H^-1: float32.
+
+    H read backwards is L L^T; so H = R R^T with R upper, and U is R's inverse. One factorisation instead of two.
+    """
+    damped = hessian.double()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
     # All-zero inputs leave nothing to weigh: any positive diagonal does.
-    damping = DAMPING * float(hessian.diagonal().mean()) or 1.0
-    hessian += damping * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    damping = DAMPING * diagonal.mean(-1, keepdim=True)
+    diagonal += torch.where(damping > 0, damping, 1.0)
+    lower = torch.linalg.cholesky(damped.flip((-2, -1)))
+    del damped, diagonal
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip((-2, -1)).float()

@@ -34,7 +34,7 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, layout: Mapping[str, Spec], resume: bool = False) -> None:
-        self.layout = dict(layout)
+        self.path, self.layout = path, dict(layout)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         self._rows: dict[str, int] = {}
@@ -94,6 +94,10 @@ class SafetensorsWriter:
         """Count the tensors below `prefix` as written: a run before did it."""
         for name in [name for name in self._offsets if name.startswith(prefix)]:
             del self._offsets[name]
+
+    def flush(self) -> None:
+        """Let readers of the file see everything written so far."""
+        self._file.flush()
 
     def sync(self) -> None:
         """Bring everything written so far to the disk."""

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_checkpoint
 from trtvlm.builder.awq import Search, clipped_scales, pre_quant_scales
 from trtvlm.builder.calibrate import Sample, embeddings, prepare, read_samples
-from trtvlm.builder.compensate import compensated_codes
-from trtvlm.builder.quantize import FEW_TOKENS, Seen, quantize_language
+from trtvlm.builder.compensate import compensated_codes, gram
+from trtvlm.builder.quantize import quantize_language
+from trtvlm.builder.seen import FEW_TOKENS, Seen
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
 from trtvlm.model.artifacts import EngineDir, write_json
 from trtvlm.model.checkpoint import CheckpointReader, load_model
@@ -147,13 +148,15 @@ def test_layer_by_layer_equals_the_whole_model_at_once(quantized, kind: str) -> 
     """The scales of a layer are those found when the whole float model runs and every layer is recorded at once."""
     source, engine = quantized(kind, "int4_awq")
     model, tensors = load_model(source), load_file(engine.weights)
-    seen = [Seen(layer) for layer in model.language.model.layers]  # type: ignore[arg-type]
-    for inputs in _samples(source):
+    samples = _samples(source)
+    total = sum(inputs.input_ids.numel() for inputs in samples)
+    seen = [Seen(layer, total) for layer in model.language.model.layers]  # type: ignore[arg-type]
+    for inputs in samples:
         model.language(embeddings(model, inputs))
     for index, record in enumerate(seen):
         record.finish()
         layer = model.language.model.layers[index]
-        scale = pre_quant_scales({"o": layer.self_attn.o_proj.weight}, {"o": record.inputs["self_attn.o_proj"]})["o"]  # type: ignore[union-attr,dict-item]
+        scale = pre_quant_scales({"o": layer.self_attn.o_proj.weight}, {"o": record.rows("self_attn.o_proj")})["o"]  # type: ignore[union-attr,dict-item]
         stored = tensors[f"transformer.layers.{index}.attention.dense.prequant_scaling_factor"]
         assert torch.equal(scale.half(), stored)
 
@@ -164,7 +167,7 @@ def test_equals_modelopt_run_on_the_whole_model(kind: str, tmp_path: Path, monke
     import modelopt.torch.quantization as mtq
 
     # ModelOpt leaves experts to the tokens the router sends them; here ours do so too.
-    monkeypatch.setattr("trtvlm.builder.quantize.FEW_TOKENS", 1)
+    monkeypatch.setattr("trtvlm.builder.seen.FEW_TOKENS", 1)
     source = tiny_checkpoint(tmp_path / "in", kind)
     (tmp_path / "out").mkdir()
     stored = load_file(_quantize(source, tmp_path / "out", "int4_awq").weights)
@@ -246,29 +249,34 @@ def test_compensated_rounding_keeps_the_products_of_correlated_inputs() -> None:
         rounded = packing.dequantize(packing.pack(codes), scales)
         return float((x @ (rounded - weight).t()).square().mean())
 
-    assert loss(compensated_codes(weight, scales, x)) < 0.5 * loss(packing.quantize_int4(weight, scales))
+    assert loss(compensated_codes(weight, scales, gram(x))) < 0.5 * loss(packing.quantize_int4(weight, scales))
 
 
 def test_compensation_has_nothing_to_do_for_independent_inputs() -> None:
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     scales = packing.group_scales(weight, dtype=torch.float16)
     for x in (torch.eye(128), torch.zeros(4, 128)):
-        assert torch.equal(compensated_codes(weight, scales, x), packing.quantize_int4(weight, scales))
+        assert torch.equal(compensated_codes(weight, scales, gram(x)), packing.quantize_int4(weight, scales))
 
 
-def test_experts_few_tokens_reach_are_calibrated_on_everyone_s(tmp_path: Path) -> None:
+def test_experts_few_tokens_reach_are_calibrated_on_everyone_s_and_those_none_reach_on_nothing(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path, "mla")
     model = load_model(source)
     layer = model.language.model.layers[1]
     layer.mlp.gate.weight[2] = -10 * layer.mlp.gate.weight.abs().sum()  # type: ignore[union-attr,operator,index]
-    seen = Seen(layer)  # type: ignore[arg-type]
+    seen = Seen(layer, 300)  # type: ignore[arg-type]
     layer.mlp(torch.rand(300, 64))  # type: ignore[operator,union-attr]
     seen.finish()
     assert seen.expert_tokens[2] == 0
     assert sum(seen.expert_tokens) == 600
-    assert 2 in seen.sparse
-    assert all(count >= FEW_TOKENS or number in seen.sparse for number, count in enumerate(seen.expert_tokens))
-    assert seen.inputs["mlp.experts.2.down_proj"].shape[0] == 300
+    assert seen.never == [2]
+    assert not seen.reached("mlp.experts.2.down_proj")
+    assert seen.rows("mlp.experts.2.gate_proj").shape == (0, 64)
+    assert seen.sparse == [number for number, count in enumerate(seen.expert_tokens) if 0 < count < FEW_TOKENS]
+    for number, count in enumerate(seen.expert_tokens):
+        if count:
+            rows = seen.rows(f"mlp.experts.{number}.down_proj")
+            assert rows.shape == (300 if number in seen.sparse else count, 64)
 
 
 @pytest.mark.parametrize(

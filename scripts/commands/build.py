@@ -77,6 +77,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Held-out pages to compare the quantized model with the float one on; 0 leaves it out.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where layers are quantized: auto is a GPU if there is one.",
+)
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Compile engines, or only quantize.")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that is there; nothing else is replaced.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built and how big; write nothing.")
@@ -95,7 +102,8 @@ def command(
     """Turn a checkpoint into an engine directory.
 
     Quantizes one decoder layer at a time, exports the vision tower and the language model to ONNX, checks every graph
-    against PyTorch, and compiles engines with TensorRT-RTX. Needs no GPU. An interrupted build leaves nothing behind.
+    against PyTorch, and compiles engines with TensorRT-RTX. Needs no GPU. A build that is killed goes on after its last
+    finished layer; an interrupted one leaves nothing behind.
 
     \b
     trtvlm build --model nano --quant int4_awq --sm 86 --output engine
@@ -139,10 +147,12 @@ class _Bars:
     """A bar for each part of the build; it moves where a message says how many of how many."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"))
-        self.progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        # Steps take minutes: a speed is an average over the last hour.
+        self.progress = Progress(*columns, *times, console=console, transient=True, speed_estimate_period=3600)
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Bars:
@@ -193,6 +203,9 @@ def _built(report: dict[str, Any]) -> Table:
     table.add_row("KL divergence, nats", *(f"{found['kl']:.5f}" if "kl" in found else "-" for found in accuracy))
     table.add_row("character error rate, 16 bit", *(_percent(found.get("cer_float")) for found in accuracy))
     table.add_row("character error rate, quantized", *(_percent(found.get("cer_quantized")) for found in accuracy))
+    never = [part["experts_never_reached"]["count"] for part in parts]
+    if any(never):
+        table.add_row("experts calibration never reached, without AWQ", *(f"{count:,}" for count in never))
     fewest = [[min(counts) for counts in part["expert_tokens"].values()] for part in parts]
     table.add_row("fewest calibration tokens of an expert", *(f"{min(n):,}" if n else "-" for n in fewest))
     return table
