@@ -72,13 +72,14 @@ def compile_source(source: str, defines: Mapping[str, int | float], arch: str) -
 
 
 def usages(log: str) -> dict[str, Usage]:
-    """Read what ptxas says with -v: kernel name -> what it takes."""
+    """Read what ptxas says with -v: kernel name -> what it takes; of functions that kernels call, no registers are told."""
     found: dict[str, Usage] = {}
     for properties in _USAGE.finditer(log):
-        used = _REGISTERS.search(log, properties.end())
-        assert used is not None
+        following = _USAGE.search(log, properties.end())
+        used = _REGISTERS.search(log, properties.end(), following.start() if following else len(log))
         stores, loads = int(properties[3]), int(properties[4])
-        found[properties[1]] = Usage(int(used[1]), int(properties[2]), stores + loads, int(used[2] or 0))
+        registers, shared = (int(used[1]), int(used[2] or 0)) if used else (0, 0)
+        found[properties[1]] = Usage(registers, int(properties[2]), stores + loads, shared)
     return found
 
 

@@ -2,13 +2,12 @@
 // experts_up (every block picks the experts for itself: waiting for another block to do it would take longer), experts_down. Rows are taken in tiles of 8 (blockIdx.y); within a tile an expert's weights are read once for all its rows.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
-#include "int4_linear/slice.cuh"
+#include "int4_moe/routing.cuh"
 #include "int4_linear/weights.cuh"
 
 DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-constexpr int MOST_ENTRIES = smaller(COLUMNS * TOP_K, EXPERTS);
 // The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
 // row has it in, 4 bits a row.
 constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
@@ -16,154 +15,7 @@ constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
 
 constexpr int ROUTE_WARPS = 8;
 constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTE_WARPS - 1) / ROUTE_WARPS;
-constexpr int QUADS = HIDDEN / 4;                  // float4 of a row
-constexpr int LANE_QUADS = (QUADS + 31) / 32;      // of them, a lane's
-constexpr int LANE_EXPERTS = (EXPERTS + 31) / 32;  // logits a lane holds
-constexpr u32 ALL = 0xffffffffu;
-constexpr float NONE = -3.0e38f;
-static_assert(EXPERTS <= 128 && TOP_K <= 15 && HIDDEN % 64 == 0 && WIDTH % 64 == 0, "sizes the kernels were written for");
-
-// ---- routing ------------------------------------------------------------------------------------------------------
-
-// One warp, one expert: float32 logits of all rows of the tile.
-DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
-                          float* logits, int rows) {
-    const int expert = blockIdx.x * ROUTE_WARPS + warp_id();
-    if (expert >= EXPERTS) return;
-    const float4* weights = reinterpret_cast<const float4*>(router + size_t(expert) * HIDDEN);
-    const uint2* factors = reinterpret_cast<const uint2*>(norm);
-    float4 weight[LANE_QUADS];
-#pragma unroll
-    for (int i = 0; i < LANE_QUADS; ++i) {
-        const int quad = i * 32 + lane_id();
-        weight[i] = quad < QUADS ? weights[quad] : float4{0.f, 0.f, 0.f, 0.f};
-    }
-#pragma unroll
-    for (int i = 0; i < LANE_QUADS; ++i) {
-        const int quad = i * 32 + lane_id();
-        const uint2 factor = quad < QUADS ? factors[quad] : uint2{0, 0};
-        weight[i].x *= low_half(factor.x), weight[i].y *= high_half(factor.x);
-        weight[i].z *= low_half(factor.y), weight[i].w *= high_half(factor.y);
-    }
-    const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
-#pragma unroll 2
-    for (int row = 0; row < rows; ++row) {
-        const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
-        float sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < LANE_QUADS; ++i) {
-            const int quad = i * 32 + lane_id();
-            if (quad < QUADS) {
-                const float4 value = x[quad];
-                sum += value.x * weight[i].x + value.y * weight[i].y + value.z * weight[i].z + value.w * weight[i].w;
-            }
-        }
-        sum = warp_sum(sum) * __shfl_sync(ALL, rms, 4 * row);
-        if (lane_id() == 0) logits[row * EXPERTS + expert] = sum;
-    }
-}
-
-// A float as an unsigned integer of the same order.
-DEVICE u32 sortable(float value) {
-    const u32 bits = __float_as_uint(value);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-DEVICE u32 warp_largest(u32 value) {
-    u32 out;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(out) : "r"(value));
-    return out;
-}
-
-// One warp, one row: its experts in order of their score, the lower index of equals first.
-DEVICE void choose_experts(const float* logits, const float* bias, int* chosen) {
-    u32 key[LANE_EXPERTS];
-#pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; ++i) {
-        const int expert = i * 32 + lane_id();
-        key[i] = 0;  // below any score
-        if (expert < EXPERTS) {
-            // The softmax keeps the order, so it is left out.
-            const float logit = logits[expert];
-            key[i] = sortable((SIGMOID ? 1.f / (1.f + expf(-logit)) : logit) + (BIASED ? bias[expert] : 0.f));
-        }
-    }
-#pragma unroll
-    for (int slot = 0; slot < TOP_K; ++slot) {
-        u32 best = key[0];
-#pragma unroll
-        for (int i = 1; i < LANE_EXPERTS; ++i) best = key[i] > best ? key[i] : best;
-        best = warp_largest(best);
-        int expert = EXPERTS;
-#pragma unroll
-        for (int i = LANE_EXPERTS - 1; i >= 0; --i) {
-            const u32 holders = __ballot_sync(ALL, key[i] == best);
-            if (holders) expert = i * 32 + __ffs(holders) - 1;
-        }
-#pragma unroll
-        for (int i = 0; i < LANE_EXPERTS; ++i)
-            if (i * 32 + lane_id() == expert) key[i] = 0;
-        if (lane_id() == 0) chosen[slot] = expert;
-    }
-}
-
-// One warp, one row: the weights of its chosen experts.
-DEVICE void weigh_experts(const float* logits, const int* chosen, float* weights) {
-    float score[LANE_EXPERTS], peak = NONE, sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; ++i) {
-        const int expert = i * 32 + lane_id();
-        score[i] = expert < EXPERTS ? logits[expert] : NONE;
-        peak = fmaxf(peak, score[i]);
-    }
-    if (!SIGMOID) {
-        peak = warp_max(peak);
-#pragma unroll
-        for (int i = 0; i < LANE_EXPERTS; ++i) sum += expf(score[i] - peak);
-        sum = warp_sum(sum);
-    }
-    const int slot = lane_id() < TOP_K ? lane_id() : 0;
-    const float logit = logits[chosen[slot]];
-    float mine = SIGMOID ? 1.f / (1.f + expf(-logit)) : expf(logit - peak) / sum;
-    if (NORMALISE && TOP_K > 1) {
-        float total = 0.f;
-#pragma unroll
-        for (int i = 0; i < TOP_K; ++i) total += __shfl_sync(ALL, mine, i);
-        mine /= total + 1e-20f;
-    }
-    if (lane_id() < TOP_K) weights[lane_id()] = mine * SCALING;
-}
-
-struct Entry {
-    int expert;
-    u32 rows, slots;
-};
-
-// The whole block of at least EXPERTS threads: which experts the rows chose, in order, with their rows and slots; how many.
-template <int WARPS>
-DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* counts) {
-    const int expert = threadIdx.x;
-    u32 mask = 0, slots = 0;
-    if (expert < EXPERTS) {
-        for (int row = 0; row < rows; ++row) {
-#pragma unroll
-            for (int slot = 0; slot < TOP_K; ++slot)
-                if (chosen[row][slot] == expert) mask |= 1u << row, slots |= u32(slot) << (4 * row);
-        }
-    }
-    const u32 active = __ballot_sync(ALL, mask != 0);
-    if (lane_id() == 0) counts[warp_id()] = __popc(active);
-    __syncthreads();
-    int entry = __popc(active & ((1u << lane_id()) - 1)), total = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) {
-        if (warp < warp_id()) entry += counts[warp];
-        total += counts[warp];
-    }
-    if (mask) entries[entry] = Entry{expert, mask, slots};
-    __syncthreads();
-    return total;
-}
+static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 
 // ---- the shared expert's first half -----------------------------------------------------------------------------
 
@@ -245,7 +97,12 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
         return;
     }
 #endif
-    router_logits(residual, square_sums, norm, eps, router, logits + row0 * EXPERTS, rows);
+    const int expert = blockIdx.x * ROUTE_WARPS + warp_id();
+    if (expert < EXPERTS) {
+        RouterRow row;
+        row.load(router, norm, expert);
+        row.multiply(residual, square_sums, eps, logits + row0 * EXPERTS, expert, rows);
+    }
 
     // The experts' input, this block's share of every row's quads.
     constexpr int SHARE = (QUADS + ROUTER_BLOCKS - 1) / ROUTER_BLOCKS;
@@ -254,24 +111,15 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
         const int at = base + lane_id(), row = smaller(at / SHARE, rows - 1), quad = blockIdx.x * SHARE + at % SHARE;
         const float r = __shfl_sync(ALL, rms, 4 * row);
         if (at < rows * SHARE && quad < QUADS) {
-            const float4 x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN)[quad];
-            const uint2 factor = reinterpret_cast<const uint2*>(norm)[quad];
-            float a = x.x * r * low_half(factor.x), b = x.y * r * high_half(factor.x);
-            float c = x.z * r * low_half(factor.y), d = x.w * r * high_half(factor.y);
-            if (EXPERT_SCALED) {
-                const uint2 scale = reinterpret_cast<const uint2*>(expert_scale)[quad];
-                a *= low_half(scale.x), b *= high_half(scale.x), c *= low_half(scale.y), d *= high_half(scale.y);
-            }
-            uint2 out;
-            out.x = floats_to_halves(a, b), out.y = floats_to_halves(c, d);
-            reinterpret_cast<uint2*>(inputs + size_t(row0 + row) * HIDDEN)[quad] = out;
+            reinterpret_cast<uint2*>(inputs + size_t(row0 + row) * HIDDEN)[quad] =
+                normalised_quad(residual + size_t(row) * HIDDEN, norm, EXPERT_SCALED ? expert_scale : nullptr, quad, r);
         }
     }
 }
 
 // ---- experts ------------------------------------------------------------------------------------------------------
 
-constexpr int UP_WARPS = 4;
+constexpr int UP_WARPS = 8;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
 
@@ -287,13 +135,13 @@ DEVICE Activation load_direct(const u16* row, int group, bool present) {
 
 // Block (tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. The first block
 // of each tile of rows writes the work list and the experts' weights [rows, TOP_K] for experts_down.
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 2)
     experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
                const u32* scales, const u16* next_scale, u16* hidden, int all_rows) {
     __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
     __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
     __shared__ Entry entries[MOST_ENTRIES];
-    constexpr int DEPTH = smaller(Up::STEPS, 3), GROUPS = Up::GROUPS;
+    constexpr int DEPTH = smaller(Up::STEPS, 4), GROUPS = Up::GROUPS;
     static_assert(EXPERTS <= 32 * UP_WARPS, "a thread an expert");
     const int entry = blockIdx.y, tile = blockIdx.x, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     logits += row0 * EXPERTS;
@@ -343,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
     store_partial(partials[warp_id()], sum[0], COLUMNS);
     store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
     __syncthreads();
-    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads, 8 x 16 outputs
-    if (!(mask >> column & 1)) return;
+    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    if (threadIdx.x >= COLUMNS * TILE_ROWS || !(mask >> column & 1)) return;
     const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
     const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
     const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);

@@ -12,7 +12,7 @@ from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 8, 8
 
 
 @dataclass(frozen=True)

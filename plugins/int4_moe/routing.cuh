@@ -1,0 +1,170 @@
+// Routing of a tile of 8 rows: the router's product in float32, the choice and the weights of the experts, the work that makes.
+// Macros: HIDDEN, EXPERTS, TOP_K; SIGMOID, NORMALISE, SCALING, BIASED.
+#pragma once
+#include "int4_linear/slice.cuh"
+
+constexpr int MOST_ENTRIES = COLUMNS * TOP_K < EXPERTS ? COLUMNS * TOP_K : EXPERTS;
+constexpr int QUADS = HIDDEN / 4;                  // float4 of a row
+constexpr int LANE_QUADS = (QUADS + 31) / 32;      // of them, a lane's
+constexpr int LANE_EXPERTS = (EXPERTS + 31) / 32;  // logits a lane holds
+constexpr u32 ALL = 0xffffffffu;
+constexpr float NONE = -3.0e38f;
+static_assert(EXPERTS <= 128 && TOP_K <= 15 && HIDDEN % 64 == 0, "sizes the kernels were written for");
+
+// One warp, one expert.
+struct RouterRow {
+    float4 weight[LANE_QUADS];
+
+    // The expert's weights, multiplied by the norm's.
+    DEVICE void load(const float* router, const u16* norm, int expert) {
+        const float4* weights = reinterpret_cast<const float4*>(router + size_t(expert) * HIDDEN);
+        const uint2* factors = reinterpret_cast<const uint2*>(norm);
+#pragma unroll
+        for (int i = 0; i < LANE_QUADS; ++i) {
+            const int quad = i * 32 + lane_id();
+            weight[i] = quad < QUADS ? weights[quad] : float4{0.f, 0.f, 0.f, 0.f};
+        }
+#pragma unroll
+        for (int i = 0; i < LANE_QUADS; ++i) {
+            const int quad = i * 32 + lane_id();
+            const uint2 factor = quad < QUADS ? factors[quad] : uint2{0, 0};
+            weight[i].x *= low_half(factor.x), weight[i].y *= high_half(factor.x);
+            weight[i].z *= low_half(factor.y), weight[i].w *= high_half(factor.y);
+        }
+    }
+
+    // logits float [rows, EXPERTS] of the residual stream.
+    DEVICE void multiply(const float* residual, const float* square_sums, float eps, float* logits, int expert, int rows) const {
+        const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
+#pragma unroll 2
+        for (int row = 0; row < rows; ++row) {
+            const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < LANE_QUADS; ++i) {
+                const int quad = i * 32 + lane_id();
+                if (quad < QUADS) {
+                    const float4 value = x[quad];
+                    sum += value.x * weight[i].x + value.y * weight[i].y + value.z * weight[i].z + value.w * weight[i].w;
+                }
+            }
+            sum = warp_sum(sum) * __shfl_sync(ALL, rms, 4 * row);
+            if (lane_id() == 0) logits[row * EXPERTS + expert] = sum;
+        }
+    }
+};
+
+// half(x * rms * norm * scale) of four values of a row; scale may be null.
+DEVICE uint2 normalised_quad(const float* residual, const u16* norm, const u16* scale, int quad, float rms) {
+    const float4 x = reinterpret_cast<const float4*>(residual)[quad];
+    const uint2 factor = reinterpret_cast<const uint2*>(norm)[quad];
+    float a = x.x * rms * low_half(factor.x), b = x.y * rms * high_half(factor.x);
+    float c = x.z * rms * low_half(factor.y), d = x.w * rms * high_half(factor.y);
+    if (scale) {
+        const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
+        a *= low_half(by.x), b *= high_half(by.x), c *= low_half(by.y), d *= high_half(by.y);
+    }
+    return uint2{floats_to_halves(a, b), floats_to_halves(c, d)};
+}
+
+// A float as an unsigned integer of the same order.
+DEVICE u32 sortable(float value) {
+    const u32 bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+DEVICE u32 warp_largest(u32 value) {
+    u32 out;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(out) : "r"(value));
+    return out;
+}
+
+// One warp, one row: its experts in order of their score, the lower index of equals first.
+DEVICE void choose_experts(const float* logits, const float* bias, int* chosen) {
+    u32 key[LANE_EXPERTS];
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; ++i) {
+        const int expert = i * 32 + lane_id();
+        key[i] = 0;  // below any score
+        if (expert < EXPERTS) {
+            // The softmax keeps the order, so it is left out.
+            const float logit = logits[expert];
+            key[i] = sortable((SIGMOID ? 1.f / (1.f + expf(-logit)) : logit) + (BIASED ? bias[expert] : 0.f));
+        }
+    }
+#pragma unroll
+    for (int slot = 0; slot < TOP_K; ++slot) {
+        u32 best = key[0];
+#pragma unroll
+        for (int i = 1; i < LANE_EXPERTS; ++i) best = key[i] > best ? key[i] : best;
+        best = warp_largest(best);
+        int expert = EXPERTS;
+#pragma unroll
+        for (int i = LANE_EXPERTS - 1; i >= 0; --i) {
+            const u32 holders = __ballot_sync(ALL, key[i] == best);
+            if (holders) expert = i * 32 + __ffs(holders) - 1;
+        }
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; ++i)
+            if (i * 32 + lane_id() == expert) key[i] = 0;
+        if (lane_id() == 0) chosen[slot] = expert;
+    }
+}
+
+// One warp, one row: the weights of its chosen experts.
+DEVICE void weigh_experts(const float* logits, const int* chosen, float* weights) {
+    float score[LANE_EXPERTS], peak = NONE, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; ++i) {
+        const int expert = i * 32 + lane_id();
+        score[i] = expert < EXPERTS ? logits[expert] : NONE;
+        peak = fmaxf(peak, score[i]);
+    }
+    if (!SIGMOID) {
+        peak = warp_max(peak);
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; ++i) sum += expf(score[i] - peak);
+        sum = warp_sum(sum);
+    }
+    const int slot = lane_id() < TOP_K ? lane_id() : 0;
+    const float logit = logits[chosen[slot]];
+    float mine = SIGMOID ? 1.f / (1.f + expf(-logit)) : expf(logit - peak) / sum;
+    if (NORMALISE && TOP_K > 1) {
+        float total = 0.f;
+#pragma unroll
+        for (int i = 0; i < TOP_K; ++i) total += __shfl_sync(ALL, mine, i);
+        mine /= total + 1e-20f;
+    }
+    if (lane_id() < TOP_K) weights[lane_id()] = mine * SCALING;
+}
+
+struct Entry {
+    int expert;
+    u32 rows, slots;
+};
+
+// The whole block of at least EXPERTS threads: which experts the rows chose, in order, with their rows and slots; how many.
+template <int WARPS>
+DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* counts) {
+    const int expert = threadIdx.x;
+    u32 mask = 0, slots = 0;
+    if (expert < EXPERTS) {
+        for (int row = 0; row < rows; ++row) {
+#pragma unroll
+            for (int slot = 0; slot < TOP_K; ++slot)
+                if (chosen[row][slot] == expert) mask |= 1u << row, slots |= u32(slot) << (4 * row);
+        }
+    }
+    const u32 active = __ballot_sync(ALL, mask != 0);
+    if (lane_id() == 0) counts[warp_id()] = __popc(active);
+    __syncthreads();
+    int entry = __popc(active & ((1u << lane_id()) - 1)), total = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+        if (warp < warp_id()) entry += counts[warp];
+        total += counts[warp];
+    }
+    if (mask) entries[entry] = Entry{expert, mask, slots};
+    __syncthreads();
+    return total;
+}
