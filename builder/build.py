@@ -123,7 +123,7 @@ def build(
             limits = settings.build
             report["engines"] = build_engines(
                 folder, sm=limits.sm, max_seq_len=limits.max_seq_len, max_width=limits.max_width,
-                progress=lambda what: progress("engines", what),
+                progress=lambda what: progress("engines", what), unfinished=left / "engines",
             )  # fmt: skip
             report["engines_seconds"] = round(time.monotonic() - before, 2)
         # What a draft would read on its own is nobody's concern; how often it agrees is.

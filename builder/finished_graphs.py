@@ -52,10 +52,15 @@ class FinishedGraphs:
         for suffix in ("onnx", "engine"):
             source, target = (where / f"{name}.{suffix}" for where in (self.folder, folder))
             target.unlink(missing_ok=True)
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copyfile(source, target)
+            link(source, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, or, where the disk has no such thing, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,21 +1,11 @@
 """Engines: what TensorRT-RTX builds here without a GPU, what is refused and how, and a whole directory of them."""
 
-import json
-from pathlib import Path
-
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.tiny import tiny_checkpoint
-from trtvlm.builder.build import BuildSettings, build
 from trtvlm.builder.compile import Range, check_sm, compile_onnx, read_header, supported_sms, tensorrt_version
-from trtvlm.builder.engines import build_engines
-from trtvlm.builder.trtllm_config import BuildConfig
-from trtvlm.model.artifacts import EngineDir
-from trtvlm.model.chain import Chain, EngineStep, OperatorStep
 from trtvlm.model.errors import GraphError, UserError
-from trtvlm.plugins.quantized_checkpoint import QuantizedReader
 
 WIDTHS = {"rows": Range(1, 5, 8)}
 
@@ -79,40 +69,3 @@ def test_a_damaged_engine_is_no_engine(damage: object) -> None:
     engine = compile_onnx("sum", _graph(), [WIDTHS], sm=86)
     with pytest.raises(GraphError, match="not a whole TensorRT-RTX plan"):
         read_header("sum", damage(engine))  # type: ignore[operator]
-
-
-def test_a_directory_gets_its_engines(tmp_path: Path) -> None:
-    source = tiny_checkpoint(tmp_path / "model", "mla")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    settings = BuildSettings(quant="int8_wo", build=BuildConfig(max_seq_len=128), verify_samples=0, compile=False)
-    build(str(source), tmp_path / "engine", settings)
-    said: list[str] = []
-    records = build_engines(tmp_path / "engine", sm=86, max_seq_len=128, max_width=5, progress=said.append)
-
-    directory = EngineDir(tmp_path / "engine")
-    chain = Chain.from_json((directory.language / "chain.json").read_text(encoding="utf-8"))
-    assert chain.profiles == {"decode": (1, 5, 5), "prefill": (1, 64, 128)}
-    steps = [step.name for step in chain.engines()]
-    assert [record["name"] for record in records] == ["vision", *steps, "chain"]
-    assert len(said) == len(records)
-    for record in records[:-1]:
-        folder = directory.vision if record["name"] == "vision" else directory.language
-        engine = (folder / f"{record['name']}.engine").read_bytes()
-        assert (len(engine), (folder / f"{record['name']}.onnx").stat().st_size) == (
-            record["engine_bytes"],
-            record["onnx_bytes"],
-        )
-        assert read_header(record["name"], engine).sms == (86,)
-        assert record["part"] == "target"
-        assert record["rel_l2"] < 2e-3
-    assert records[-1]["agreement"] > 0.8
-
-    stored = QuantizedReader(directory).layout
-    layers = config["language_config"]["num_hidden_layers"]
-    operators = [step for step in chain.steps if isinstance(step, OperatorStep)]
-    assert len(operators) == 2 * layers - 1
-    for step in operators:
-        assert set(step.weights.values()) <= set(stored)
-        assert step.weights.keys() >= ({"kv_b_proj"} if "attention" in step.operator else {"fc.weight", "proj.weight"})
-    assert isinstance(chain.steps[-1], EngineStep)
-    assert chain.steps[-1].rows == "last"
