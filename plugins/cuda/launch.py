@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trtvlm.plugins.cuda.compiler import cubin
+
+# What cuda-core calls it has changed.
+_COOPERATIVE = "is_cooperative"
 
 Defines = tuple[tuple[str, int | float], ...]
 
@@ -31,26 +35,57 @@ class Kernel:
         self._shared = 0
 
     def __call__(
-        self, grid: tuple[int, ...], block: int, *arguments: Tensor | int | float | None, shared: int = 0
+        self,
+        grid: tuple[int, ...],
+        block: int,
+        *arguments: Tensor | int | float | None,
+        shared: int = 0,
+        cooperative: bool = False,
     ) -> None:
-        """Launch. `shared`: dynamic shared memory in bytes. None is a null pointer."""
+        """Launch. `shared`: dynamic shared memory in bytes; cooperative: all blocks are there at once, or it fails.
+
+        None is a null pointer.
+        """
         from cuda.core import LaunchConfig, launch
 
         if shared > max(self._shared, 48 * 1024):
             _allow_shared(self._kernel, shared)
             self._shared = shared
-        config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
+        config = LaunchConfig(
+            grid=grid, block=block, shmem_size=shared, **({_COOPERATIVE: True} if cooperative else {})
+        )
         launch(_stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *map(_argument, arguments))
 
 
-@cache
-def kernel(path: str, name: str, macros: Defines = (), device: int | None = None) -> Kernel:
+class Launch(Protocol):
+    """What can be called as a `Kernel` can."""
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: int,
+        *arguments: Tensor | int | float | None,
+        shared: int = 0,
+        cooperative: bool = False,
+    ) -> None: ...
+
+
+def kernel(path: str, name: str, macros: Defines = (), device: int | None = None) -> Launch:
     """The kernel `name` of plugins/<path> under these macros, compiled for the current device (or `device`)."""
+    return makers[-1](path, name, macros, device)
+
+
+@cache
+def _compiled(path: str, name: str, macros: Defines, device: int | None) -> Kernel:
     # torch's context must be current before anything is loaded into it.
     torch.cuda.init()
     torch.cuda.current_stream(device)
     major, minor = torch.cuda.get_device_capability(device)
     return Kernel(path, name, macros, f"sm_{major}{minor}")
+
+
+makers: list[Callable[[str, str, Defines, int | None], Launch]] = [_compiled]
+"""The last of them makes kernels; trtvlm.plugins.cuda.emulation puts its own there for a while."""
 
 
 def _argument(value: Tensor | int | float | None) -> Any:
