@@ -22,6 +22,8 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Threads that spin while they wait take the cores from who has work: a chain has a session a segment.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Fusions of the runtime's own are not part of the graph that is being checked.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         # Among them the one that rounds activations to INT8 before multiplying by INT4 weights.

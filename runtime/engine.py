@@ -18,9 +18,12 @@ from trtvlm.plugins.replace import for_cpu
 from trtvlm.runtime.torch_executor import TorchExecutor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trtvlm.model.config import ModelConfig
     from trtvlm.model.vlm import DeepseekVL2
     from trtvlm.runtime.executor import Executor
+    from trtvlm.runtime.tensorrt.segment import Backend
 
 # The compute capability that the kernels of trtvlm.runtime.cuda are written for.
 OLDEST = (8, 0)
@@ -39,16 +42,32 @@ class Engine:
     load_ms: float
 
 
-def open_engine(folder: str | Path, device: str = "cpu") -> Engine:
-    """Run an engine directory's quantized checkpoint, and that of the draft inside it, with PyTorch.
+def open_engine(
+    folder: str | Path,
+    device: str = "cpu",
+    executor: str = "auto",
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> Engine:
+    """Run an engine directory, and the draft inside it, with one of `trtvlm.runtime.executor.EXECUTORS`.
 
-    UserError: no engine directory, a damaged one, or no such device.
+    Where its TensorRT engines cannot run, torch takes their place, and `warn` gets the sentence that says why. UserError: no
+    engine directory, a damaged one, or no such device.
     """
     started = time.perf_counter()
     check_device(device)
     engine = EngineDir(Path(folder).expanduser())
-    target = _load_engine(engine, device)
-    draft = _load_engine(engine.draft, device) if engine.draft is not None else None
+    engine.config()
+    if executor == "tensorrt":
+        try:
+            target, draft = _load_chains(engine, device)
+        except UserError as error:
+            warn(f"{error} Running it with --executor torch instead.")
+            executor = "torch"
+    elif executor == "onnxruntime":
+        target, draft = _load_graphs(engine)
+    if executor in ("auto", "torch"):
+        target = _load_engine(engine, device)
+        draft = _load_engine(engine.draft, device) if engine.draft is not None else None
     processor = Processor.from_pretrained(engine.path, engine.model_config())
     return _pair(engine.path.resolve().name, target, draft, processor, started)
 
@@ -84,6 +103,33 @@ def _load_engine(engine: EngineDir, device: str) -> Executor:
 
         return CudaExecutor(engine.path, device, limit)
     return _executor(load_quantized(engine.path), device, limit)
+
+
+def _load_chains(engine: EngineDir, device: str) -> tuple[Executor, Executor | None]:
+    """Target and draft on TensorRT; UserError, before anything is loaded, when their engines cannot run here."""
+    from trtvlm.runtime.tensorrt.tensorrt_segment import TensorRTBackend
+    from trtvlm.runtime.tensorrt.usable import check_usable
+
+    check_usable(engine, device)
+    return _chains(engine, TensorRTBackend(engine.config()["build_config"]["flavour"], device))
+
+
+def _load_graphs(engine: EngineDir) -> tuple[Executor, Executor | None]:
+    """Target and draft on onnxruntime."""
+    from trtvlm.runtime.tensorrt.onnx_segment import OnnxBackend
+
+    return _chains(engine, OnnxBackend())
+
+
+def _chains(engine: EngineDir, backend: Backend) -> tuple[Executor, Executor | None]:
+    from trtvlm.runtime.tensorrt.executor import ChainExecutor
+
+    target, *draft = (
+        ChainExecutor(part, backend, int(part.config()["build_config"]["max_seq_len"]))
+        for part in (engine, engine.draft)
+        if part is not None
+    )
+    return target, draft[0] if draft else None
 
 
 def _load_model(model: str, device: str, max_length: int | None) -> Executor:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 MAX_DECODE_WIDTH = 8
 """The most tokens one decode call takes: every executor is built for widths 1 to this."""
 
+EXECUTORS = ("auto", "torch", "tensorrt", "onnxruntime")
+"""What may run an engine directory. "auto" is torch, which is what has been measured; onnxruntime runs the graphs that the
+engines were compiled from on a CPU, to look at a directory without its GPU."""
+
 
 class Decoder(Protocol):
     """The part that the speculative loop needs: tokens in, logits out, and a cursor that moves back."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trtvlm.runtime.executor import EXECUTORS
 from trtvlm.runtime.request import Request, question
 from trtvlm.runtime.speculate import MAX_DRAFT_TOKENS
 
@@ -81,7 +82,14 @@ class SeveralValues(click.Command):
 )
 @click.option("--stop", metavar="TEXT...", multiple=True, help="End the text before the first of these.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object an image, and nothing else, to stdout.")
-@click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda, cuda:1, ...")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--executor",
+    type=click.Choice(EXECUTORS),
+    default="auto",
+    show_default=True,
+    help="What runs an engine directory: PyTorch (auto), its TensorRT engines, or their graphs on a CPU.",
+)
 def command(
     engine: str | None,
     model: str | None,
@@ -98,6 +106,7 @@ def command(
     stop: tuple[str, ...],
     as_json: bool,
     device: str,
+    executor: str,
 ) -> None:
     """Read images and print what they say, as it is decoded.
 
@@ -122,6 +131,8 @@ def command(
         raise click.UsageError("Give either --engine DIR or --model NAME.")
     if draft is not None and model is None:
         raise click.UsageError("--draft goes with --model; an engine directory has its own draft inside.")
+    if executor not in ("auto", "torch") and engine is None:
+        raise click.UsageError(f"--executor {executor} goes with --engine: a model has no engines.")
     if not images and prompt is None:
         raise click.UsageError("Give at least one --image FILE, or a --prompt to answer without one.")
     groups: list[tuple[str, ...]] = [images] if together or not images else [(image,) for image in images]
@@ -139,7 +150,7 @@ def command(
     ]
     from trtvlm.runtime.session import Session
 
-    session = Session(_open(engine, model, draft, device))
+    session = Session(_open(engine, model, draft, device, executor))
     if len(requests) > 1:  # a single one is checked by reading it
         for request in requests:
             session.prepare(request)
@@ -157,11 +168,11 @@ def command(
         _print_table(groups, results)
 
 
-def _open(engine: str | None, model: str | None, draft: str | None, device: str) -> Engine:
+def _open(engine: str | None, model: str | None, draft: str | None, device: str, executor: str) -> Engine:
     from trtvlm.runtime.engine import open_engine, open_model
 
     if engine is not None:
-        return open_engine(engine, device)
+        return open_engine(engine, device, executor, lambda sentence: click.echo(f"Warning: {sentence}", err=True))
     assert model is not None
     return open_model(model, draft, device)
 

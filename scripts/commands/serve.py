@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trtvlm.model.errors import UserError
+from trtvlm.runtime.executor import EXECUTORS
 from trtvlm.runtime.request import Request
 from trtvlm.runtime.server.limits import Limits
 from trtvlm.runtime.speculate import MAX_DRAFT_TOKENS
@@ -95,7 +96,14 @@ SECONDS = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="Tokens that the draft proposes a step; 0 decodes with the target alone.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where PyTorch runs the model: cpu, cuda, cuda:1, ...")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, ...")
+@click.option(
+    "--executor",
+    type=click.Choice(EXECUTORS),
+    default="auto",
+    show_default=True,
+    help="What runs an engine directory: PyTorch (auto), its TensorRT engines, or their graphs on a CPU.",
+)
 def command(
     engine: str | None,
     model: str | None,
@@ -112,6 +120,7 @@ def command(
     drain_timeout: float,
     draft_tokens: int,
     device: str,
+    executor: str,
 ) -> None:
     """Answer OpenAI-style requests over HTTP, one after the other.
 
@@ -132,6 +141,8 @@ def command(
         raise click.UsageError("Give either --engine DIR or --model NAME.")
     if draft is not None and model is None:
         raise click.UsageError("--draft goes with --model; an engine directory has its own draft inside.")
+    if executor not in ("auto", "torch") and engine is None:
+        raise click.UsageError(f"--executor {executor} goes with --engine: a model has no engines.")
     if engine is not None and not Path(engine).expanduser().is_dir():
         raise UserError(f"There is no engine directory {engine}: make one with `trtvlm build`.")
     try:
@@ -141,7 +152,7 @@ def command(
         raise UserError(f"{error.name} is not installed: pip install 'trtvlm[serve]'.") from None
 
     def opener() -> Generate:
-        generate, milliseconds = _load(engine, model, draft, device, max_pixels, draft_tokens)
+        generate, milliseconds = _load(engine, model, draft, device, executor, max_pixels, draft_tokens)
         click.echo(f"ready after {milliseconds / 1e3:.1f} s")
         return generate
 
@@ -162,13 +173,22 @@ def _name(path_or_name: str) -> str:
 
 
 def _load(
-    engine: str | None, model: str | None, draft: str | None, device: str, max_pixels: int, draft_tokens: int
+    engine: str | None,
+    model: str | None,
+    draft: str | None,
+    device: str,
+    executor: str,
+    max_pixels: int,
+    draft_tokens: int,
 ) -> tuple[Generate, float]:
     """The callable of an engine or a model, and the ms that opening took."""
     from trtvlm.runtime.engine import open_engine, open_model
     from trtvlm.runtime.session import Session
 
-    opened = open_engine(engine, device) if engine is not None else open_model(str(model), draft, device)
+    if engine is not None:
+        opened = open_engine(engine, device, executor, lambda sentence: click.echo(f"Warning: {sentence}", err=True))
+    else:
+        opened = open_model(str(model), draft, device)
     opened.processor.max_pixels = max_pixels
     return answering(Session(opened), draft_tokens), opened.load_ms
 

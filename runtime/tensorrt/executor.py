@@ -1,0 +1,146 @@
+"""The executor that runs an engine directory's compiled graphs, with the project's operators between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trtvlm.model.artifacts import EngineDir
+from trtvlm.model.cache import KVCache
+from trtvlm.model.chain import Chain
+from trtvlm.model.errors import UserError
+from trtvlm.plugins.quantized_checkpoint import QuantizedReader
+from trtvlm.runtime.executor import MAX_DECODE_WIDTH
+from trtvlm.runtime.lane import PREFILL_CHUNK
+from trtvlm.runtime.tensorrt.operators import Operators, ReferenceOperators
+from trtvlm.runtime.tensorrt.program import ChainProgram
+from trtvlm.runtime.tensorrt.vision import VisionProgram
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from trtvlm.model.config import ModelConfig
+    from trtvlm.model.inputs import ImageView
+    from trtvlm.runtime.tensorrt.segment import Backend
+
+SPAN = 256
+"""CUDA graphs are captured for caches filled up to a multiple of this."""
+
+
+class ChainExecutor:
+    """`trtvlm.runtime.executor.Executor` over an engine directory's chain of graphs, in float16.
+
+    UserError: a directory without engines, or one that does not fit together. Logits come back as float32 on the CPU.
+    """
+
+    def __init__(self, engine: EngineDir, backend: Backend, max_length: int) -> None:
+        self.config: ModelConfig = engine.model_config()
+        self.device = backend.device
+        language = self.config.language
+        chain = read_chain(engine)
+        # Kernels read the cache in whole chunks of positions.
+        positions = min(-(-max_length // 64) * 64, language.max_position_embeddings)
+        self.max_length = min(max_length, positions)
+        dtype = getattr(torch, next(iter(chain.cache.values())).dtype)
+        self.cache = KVCache(language, 1, positions, dtype, self.device)
+        self._cursor = torch.zeros(1, dtype=torch.int32, device=self.device)
+        reader = QuantizedReader(engine)
+
+        def operators() -> Operators:
+            if self.device.type == "cpu":
+                return ReferenceOperators(reader, self.cache, self._cursor)
+            from trtvlm.runtime.tensorrt.kernels import KernelOperators
+
+            return KernelOperators(reader, self.cache, self._cursor, language)
+
+        self.program = ChainProgram(chain, engine.language, backend, operators, PREFILL_CHUNK)
+        self._vision = VisionProgram(engine, backend, self.program.hidden.dtype)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache now."""
+        return self.cache.length
+
+    def rollback(self, length: int) -> None:
+        """Forget everything from position `length` on."""
+        self.cache.rollback(length)
+
+    @torch.inference_mode()
+    def encode_image(self, image: ImageView) -> Tensor:
+        """[image tokens, hidden] of one image; alone, so that its bits do not depend on the images beside it."""
+        return self._vision.encode(image)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings [T, hidden] of int64 token ids [T]."""
+        program, out = self.program, []
+        for part in torch.split(tokens, program.most_rows):
+            program.tokens[: len(part)] = part.to(self.device)
+            program.embed(len(part))
+            out.append(program.hidden[: len(part)].clone())
+        return torch.cat(out)
+
+    @torch.inference_mode()
+    def prefill(self, embeds: Tensor) -> Tensor:
+        """Append embeddings [T, hidden]. Returns float32 [vocab]: logits after the last one."""
+        program = self.program
+        for part in torch.split(embeds, program.most_rows):
+            start = self._advance(len(part))
+            program.hidden[: len(part)] = part
+            program.prefill(len(part), self._span(start + len(part)))
+        return program.logits[0].to("cpu", torch.float32, copy=True)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """Append 1 to MAX_DECODE_WIDTH tokens. Returns float32 [tokens, vocab]; no row depends on the later ones."""
+        if not 1 <= len(tokens) <= MAX_DECODE_WIDTH:
+            raise ValueError(f"{len(tokens)} tokens in one decode call; 1 to {MAX_DECODE_WIDTH} are supported")
+        width = self.program.width
+        return torch.cat([self._decode(tokens[at : at + width]) for at in range(0, len(tokens), width)])
+
+    def _decode(self, tokens: Sequence[int]) -> Tensor:
+        rows = len(tokens)
+        start = self._advance(rows)
+        self.program.tokens[:rows] = torch.tensor(list(tokens))
+        span = self._span(start + rows)
+        if self.device.type == "cpu":
+            self.program.decode(rows, span)
+        else:
+            self._graph(rows, span).replay()
+        return self.program.logits[:rows].to("cpu", torch.float32, copy=True)
+
+    def _advance(self, rows: int) -> int:
+        """Make room for `rows` positions -> where they start, which the cursor says to the operators too."""
+        start = self.cache.length
+        self.cache.advance(rows)
+        self._cursor.fill_(start)
+        return start
+
+    def _span(self, length: int) -> int:
+        return min(-(-length // SPAN) * SPAN, self.cache.max_len)
+
+    def _graph(self, rows: int, span: int) -> torch.cuda.CUDAGraph:
+        """The whole step of `rows` rows, captured: segments and operators on one stream."""
+        if (rows, span) not in self._graphs:
+            self.program.decode(rows, span)  # compiles and sets shapes; writes what the replay writes again
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.program.decode(rows, span)
+            self._graphs[rows, span] = graph
+        return self._graphs[rows, span]
+
+
+def read_chain(engine: EngineDir) -> Chain:
+    """The directory's chain.json. UserError: it has none, or one of another version."""
+    path = engine.language / "chain.json"
+    if not path.is_file():
+        raise UserError(f"{engine.path} has no compiled engines: build it again without --no-compile.")
+    try:
+        return Chain.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): build the engine directory again.") from None
