@@ -1,13 +1,8 @@
-"""Measured decode steps, as `scripts/bench_decode.py` writes them and `benchmarks/decode-h200.json` keeps them.
+"""Measured decode steps out of a file that `trtvlm bench` wrote (`trtvlm.model.bench_file`): what is planned with.
 
-    {"gpu": "NVIDIA H200", "torch": "2.11.0", "date": "2026-11-21", "command": "python -m ...", "context": 1024,
-     "lm_head": "int8",
-     "models": {"deepseek-vl2-small": [
-         {"rows": 1, "fetch_ahead": true, "us": 1163.7, "kernels": {"embed": {"us": 1.74, "launches": 1}, ...}}, ...]}}
-
-A step's `us` is by replaying its graph, a kernel's the mean of one launch by the profiler; `launches` are those of one step.
-Steps are INT4. A file may also have `copy_gbps` (bytes read and written a second by a large device copy), and a kernel
-`bytes` (of one launch); with both, a kernel has a share. Other keys say how it was measured, and are kept as they are.
+Steps are INT4. `copy_gbps` counts bytes read and written by a large device copy; with it and a kernel's `bytes` (of one
+launch), the kernel has a share of the bandwidth. The form of benchmarks/decode-h200.json, of before `trtvlm bench`, is read
+too: a list of steps for each model, with `us` for the whole step.
 """
 
 from __future__ import annotations
@@ -21,6 +16,7 @@ from trtvlm.model.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 """Where a checkout keeps its results; an installed package has none."""
+BENCH_H200 = BENCHMARKS / "bench-h200.json"
 DECODE_H200 = BENCHMARKS / "decode-h200.json"
 LOSSLESS = BENCHMARKS / "lossless-int4.json"
 
@@ -76,13 +72,14 @@ class BenchResults:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{path} does not hold decode measurements ({reason}): measure with scripts/bench_decode.py, or remove it."
+                f"{path} does not hold decode measurements ({reason}): measure with `trtvlm bench`, or remove it."
             ) from None
 
     @classmethod
     def _parse(cls, raw: dict[str, Any]) -> BenchResults:
         steps = {}
-        for model, entries in raw["models"].items():
+        for model, entry in raw["models"].items():
+            entries = entry.get("steps", []) if isinstance(entry, dict) else entry
             found = [_step(model, entry) for entry in entries if entry.get("fetch_ahead", True)]
             if len({step.rows for step in found}) != len(found):
                 raise ValueError(f"{model} has two steps of the same rows")
@@ -99,6 +96,11 @@ class BenchResults:
         )
 
 
+def default_results() -> Path | None:
+    """The project's own measurements, where they are."""
+    return next((path for path in (BENCH_H200, DECODE_H200) if path.is_file()), None)
+
+
 def bundled_acceptance() -> float | None:
     """Drafted tokens that the bundled pair's target accepts a step, as last measured; None where there is no result."""
     try:
@@ -113,7 +115,8 @@ def _step(model: str, raw: dict[str, Any]) -> StepTime:
         Operator(name, float(kernel["us"]), int(kernel["launches"]), kernel.get("bytes"))
         for name, kernel in raw["kernels"].items()
     )
-    step = StepTime(int(raw["rows"]), float(raw["us"]) / 1e3, operators)
+    ms = float(raw["ms"]["p50"]) if "ms" in raw else float(raw["us"]) / 1e3
+    step = StepTime(int(raw["rows"]), ms, operators)
     if step.rows < 1 or step.ms <= 0 or not all(each.us > 0 and each.launches > 0 for each in operators):
         raise ValueError(f"a step of {model} has no rows or no time")
     return step

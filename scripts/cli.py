@@ -21,11 +21,13 @@ COMMANDS = {
     "generate": "Read images and print what they say, as it is decoded.",
     "draft-train": "Distil a draft from a target, on the target's own answers.",
     "serve": "Answer OpenAI-style requests over HTTP, one after the other.",
+    "bench": "Measure a model on this GPU: time, bytes, memory.",
 }
 # Modules that come with an extra of the package.
 EXTRAS = {
     "accelerate": "train",
     "fastapi": "serve",
+    "matplotlib": "bench",
     "prometheus_client": "serve",
     "pydantic": "serve",
     "starlette": "serve",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_config
 from trtvlm.builder.planner.building import building
-from trtvlm.builder.planner.bytes import CACHE, expected_experts, step_bytes
+from trtvlm.builder.planner.bytes import step_bytes
 from trtvlm.builder.planner.fits import SHARED_BYTES, cache_bytes, card_memory, image_bytes, needed
 from trtvlm.builder.planner.gpus import GPUS, find_gpu
 from trtvlm.builder.planner.parts import (
@@ -51,6 +51,7 @@ from trtvlm.model.presets import PRESETS, preset, preset_of, read_config
 from trtvlm.model.vision import Projector, VisionTower
 from trtvlm.model.vlm import DeepseekVL2
 from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, layout
+from trtvlm.plugins.step_bytes import CACHE, expected_experts
 from trtvlm.scripts.cli import cli
 
 TINY, SMALL, BASE = PRESETS
@@ -432,12 +433,16 @@ def test_a_file_of_something_else_is_one_sentence(tmp_path: Path, raw: object) -
         BenchResults.read(_file(tmp_path, raw))
 
 
-@pytest.mark.skipif(not bench_results.DECODE_H200.is_file(), reason="not a checkout")
+@pytest.mark.skipif(bench_results.default_results() is None, reason="not a checkout")
 def test_the_project_s_own_measurements_are_what_is_planned_with() -> None:
-    found = BenchResults.read(bench_results.DECODE_H200)
+    own = bench_results.default_results()
+    assert own is not None
+    found = BenchResults.read(own)
     planned = _plan("--model", SMALL, "--gpu", find_gpu(found.gpu).name, "--json", "--context", str(found.context))
     widths = {width["rows"]: width["decoding"] for width in json.loads(planned.output)["widths"]}
-    for step in found.steps[SMALL]:
+    measured = [step for step in found.steps[SMALL] if step.rows in widths]
+    assert measured
+    for step in measured:
         projected = widths[step.rows]["projected_ms"]
         assert projected["low"] == pytest.approx(step.ms)
         assert projected["high"] == pytest.approx(step.ms)
@@ -474,7 +479,8 @@ def test_on_the_measured_gpu_nothing_is_called_a_projection(measured: str) -> No
 
 
 def test_without_a_measurement_there_is_only_a_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench_results, "DECODE_H200", tmp_path / "absent.json")
+    for name in ("BENCH_H200", "DECODE_H200"):
+        monkeypatch.setattr(bench_results, name, tmp_path / "absent.json")
     result = _plan("--model", SMALL, "--gpu", "rtx3090")
     assert "No projection for the target, only floors: there is no measurement here." in result.output
     found = json.loads(_plan("--model", SMALL, "--gpu", "rtx3090", "--json").output)

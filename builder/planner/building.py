@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from trtvlm.builder.planner.parts import parts, total
-from trtvlm.builder.quantize import MAX_ROWS
+from trtvlm.builder.seen import MAX_ROWS
 from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.plugins.quantized_checkpoint import Kind, linears, plain_tensors
 

@@ -15,7 +15,8 @@ from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.vision import Projector, VisionTower
 from trtvlm.plugins.int4_linear.packing import GROUP_SIZE
-from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, Spec, layout, linears
+from trtvlm.plugins.quantized_checkpoint import Kind, layout, linears
+from trtvlm.plugins.step_bytes import device_bytes
 
 VISION, PROJECTOR, EMBEDDINGS, ATTENTION, DENSE = "vision", "projector", "embeddings", "attention", "dense MLP"
 ROUTED, SHARED, ROUTER, NORMS, HEAD = "routed experts", "shared experts", "router", "norms", "LM head"
@@ -76,16 +77,6 @@ def part_of(config: LanguageConfig, name: str) -> str:
     if found[3] in ("router", "e_score_correction_bias"):
         return ROUTER
     return ROUTED if config.is_moe(int(found[1])) else DENSE
-
-
-def device_bytes(name: str, spec: Spec) -> int:
-    """A tensor as the kernels keep it: INT4's scales in half, and AWQ's scale once for all experts of a layer."""
-    dtype, shape = spec
-    if name.endswith(SCALES["int4"]):
-        return _HALF * math.prod(shape)
-    if name.endswith(PREQUANT):
-        return shape[-1] * dtype.itemsize
-    return nbytes(spec)
 
 
 def check_groups(config: LanguageConfig, kind: Kind, lm_head: Kind) -> None:

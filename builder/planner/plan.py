@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtvlm.builder.planner.building import building
-from trtvlm.builder.planner.bytes import expected_experts, step_bytes
+from trtvlm.builder.planner.bytes import step_bytes
 from trtvlm.builder.planner.fits import CARDS_GIB, MOST_POSITIONS, SHARED_BYTES, Memory, card_memory, needed
 from trtvlm.builder.planner.gpus import GPU, find_gpu
 from trtvlm.builder.planner.parts import Part, parts, total
@@ -27,6 +27,7 @@ from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.presets import preset_of
 from trtvlm.plugins.quantized_checkpoint import QUANTIZATIONS, Kind
+from trtvlm.plugins.step_bytes import expected_experts
 
 WIDTHS = range(1, 9)
 _HEADS: dict[str, Kind] = {"fp16": "fp16", "int8": "int8", "int4": "int4"}
@@ -238,5 +239,8 @@ def _basis(
     steps = [
         Measured(sum(step_bytes(config, "int4", head, step.rows, measured.context).values()), step.ms, step.launches)
         for step in measured.steps[name]
+        if step.rows in WIDTHS
     ]
+    if not steps:
+        return None, "no step of these widths was measured"
     return Basis.of(find_gpu(measured.gpu), steps, measured.copy_gbps), None

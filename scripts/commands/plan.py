@@ -83,7 +83,7 @@ CONTEXT = 1024
     "--measured",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Decode steps that scripts/bench_decode.py measured. By default benchmarks/decode-h200.json, where there is one.",
+    help="What `trtvlm bench --output` wrote. By default the project's own of an H200, where there is a checkout.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 def command(
@@ -137,11 +137,10 @@ def command(
 
 
 def _results(path: Path | None) -> BenchResults | None:
-    from trtvlm.model.bench_results import DECODE_H200, BenchResults
+    from trtvlm.model.bench_results import BenchResults, default_results
 
-    if path is None and not DECODE_H200.is_file():
-        return None
-    return BenchResults.read(path or DECODE_H200)
+    found = path or default_results()
+    return None if found is None else BenchResults.read(found)
 
 
 def _show(found: Plan, results: BenchResults | None, guessed: bool) -> None:
