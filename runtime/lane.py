@@ -34,10 +34,10 @@ class Filled:
 class Lane:
     """Puts prompts into one executor's cache, doing again only what the last prompt did not already do.
 
-    A prompt is computed in chunks of PREFILL_CHUNK positions, and whole chunks are what the next prompt can reuse. So
-    every chunk is computed by the same call on the same input whether or not another turn came before: reuse changes
-    no bit of the answer. That is also why the positions of a decoded answer are not reused as part of the next prompt:
-    a decode step rounds differently from a prefill.
+    A prompt is computed in chunks of PREFILL_CHUNK positions, or as many as the executor asks for with `prefill_chunk`, and
+    whole chunks are what the next prompt can reuse. So every chunk is computed by the same call on the same input whether
+    or not another turn came before: reuse changes no bit of the answer. That is also why the positions of a decoded answer
+    are not reused as part of the next prompt: a decode step rounds differently from a prefill.
     """
 
     def __init__(self, executor: Executor, images_kept: int = IMAGES_KEPT) -> None:
@@ -46,21 +46,28 @@ class Lane:
         self._images_kept = images_kept
         self._chunks: list[tuple[Hashable, ...]] = []  # what the cache holds from position 0 on
 
+    @property
+    def chunk(self) -> int:
+        """Positions of a chunk."""
+        size: int = getattr(self.executor, "prefill_chunk", PREFILL_CHUNK)
+        return size
+
     def fill(self, inputs: ModelInputs, checkpoint: Callable[[], None] = lambda: None) -> Filled:
         """Make the cache hold exactly this prompt. `checkpoint` is called between pieces of work and may raise."""
-        chunks = _chunks(inputs)
+        size = self.chunk
+        chunks = _chunks(inputs, size)
         kept = 0
         while kept < min(len(chunks) - 1, len(self._chunks)) and chunks[kept] == self._chunks[kept]:
             kept += 1
         del self._chunks[kept:]
-        reused = kept * PREFILL_CHUNK
+        reused = kept * size
         self.executor.rollback(reused)
 
         started = time.perf_counter()
         images = self._encode(inputs, reused, checkpoint)
         encoded = time.perf_counter()
         embeds = self._embed(inputs, reused, images)
-        for chunk, part in zip(chunks[kept:], torch.split(embeds, PREFILL_CHUNK), strict=True):
+        for chunk, part in zip(chunks[kept:], torch.split(embeds, size), strict=True):
             checkpoint()
             logits = self.executor.prefill(part)
             self._chunks.append(chunk)
@@ -100,11 +107,11 @@ class Lane:
         return embeds
 
 
-def _chunks(inputs: ModelInputs) -> list[tuple[Hashable, ...]]:
+def _chunks(inputs: ModelInputs, size: int) -> list[tuple[Hashable, ...]]:
     """What decides the embedding at each position, in chunks: the token id, or the image and the place in it."""
     keys: list[Hashable] = list(inputs.input_ids.tolist())
     places = iter(inputs.images_seq_mask.nonzero().flatten().tolist())
     for image, count in zip(inputs.images, inputs.num_image_tokens, strict=True):
         for row in range(count):
             keys[next(places)] = (image.digest, row)
-    return [tuple(keys[i : i + PREFILL_CHUNK]) for i in range(0, len(keys), PREFILL_CHUNK)]
+    return [tuple(keys[i : i + size]) for i in range(0, len(keys), size)]

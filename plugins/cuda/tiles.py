@@ -48,5 +48,15 @@ def half_tiles(weight: Tensor) -> Tensor:
     return _order(weight.half()).flatten(-2).contiguous()
 
 
+def half_rows(tiles: Tensor) -> Tensor:
+    """`half_tiles` undone: float16 [..., out / 16, in / 64, 4, 32, 8] -> [..., out, in], contiguous."""
+    *lead, outputs, inputs = tiles.shape[:-3]
+    # Two halves of a row stay together: one word.
+    words = tiles.contiguous().view(torch.int32).view(*lead, outputs, inputs, 4, 8, 4, 2, 2)
+    n = len(lead)
+    order = [*range(n), *(n + d for d in (0, 6, 3, 1, 4, 2, 5))]
+    return words.permute(order).reshape(*lead, ROWS * outputs, INPUTS * inputs // 2).view(torch.half)
+
+
 def _lead(tensor: Tensor, trailing: int) -> range:
     return range(tensor.dim() - trailing)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from trtvlm.model.cache import HeadCache, KVCache, LatentCache
 from trtvlm.plugins.cuda.ahead import MOST, Ahead, ahead
-from trtvlm.plugins.cuda.tiles import half_tiles
 from trtvlm.plugins.embedding.cuda import embed
 from trtvlm.plugins.gqa_attention.decode import GQAWorkspace, gqa_decode
 from trtvlm.plugins.int4_linear.decode import (
@@ -22,7 +21,7 @@ from trtvlm.plugins.int4_linear.decode import (
     linear,
 )
 from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, moe_decode
-from trtvlm.plugins.int8_linear.decode import HeadWeight, candidates, head
+from trtvlm.plugins.int8_linear.decode import candidates, head
 from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_decode
 from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
 
@@ -59,7 +58,6 @@ class DecodeProgram:
         self.square_sums = torch.zeros(rows, hidden // 16, device=device)
         self._layers = [self._pack(layer) for layer in weights.layers]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
-        self._head = HeadWeight.pack(weights.head.kind, weights.head.weight, weights.head.scales)
         self.found = candidates(config.vocab_size, rows, device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
         first = self._layers[0]
@@ -124,7 +122,7 @@ class DecodeProgram:
 
     def launch_head(self, rows: int, logits: bool) -> None:
         """The final norm and the LM head."""
-        head(self.residual, self._norm, self._head, self.found, rows, self.logits if logits else None)
+        head(self.residual, self._norm, self.weights.head, self.found, rows, self.logits if logits else None)
 
     def best(self, row: int) -> Candidates:
         """The candidates of one row."""
@@ -158,20 +156,8 @@ class DecodeProgram:
         )
 
     def _pack(self, layer: LayerWeights) -> _Layer:
-        config = self.weights.config
-        mla = None
-        if layer.kv_b is not None:
-            assert layer.kv_a_norm is not None
-            mla = MLAWeights.pack(
-                layer.kv_b,
-                layer.kv_a_norm,
-                config.num_attention_heads,
-                config.qk_nope_head_dim,
-                config.qk_rope_head_dim,
-            )
         qkv = LinearWeight(
-            layer.qkv.codes, layer.qkv.scales, layer.qkv.pre_quant_scale,
-            None if layer.fused_a is None else half_tiles(layer.fused_a),
+            layer.qkv.codes, layer.qkv.scales, layer.qkv.pre_quant_scale, layer.fused_a
         )  # fmt: skip
         moe = None
         if layer.moe is not None:
@@ -187,7 +173,7 @@ class DecodeProgram:
             Norm(layer.post_norm, self.square_sums, self.weights.eps),
             qkv,
             _linear(layer.dense),
-            mla,
+            layer.mla,
             moe,
             _linear(layer.fc) if dense and layer.fc is not None else None,
             _linear(layer.proj) if dense and layer.proj is not None else None,

@@ -10,6 +10,7 @@ from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.cache import KVCache
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_vision
 from trtvlm.runtime.cuda.decode import DecodeProgram
+from trtvlm.runtime.cuda.prefill import CHUNK, Prefill
 from trtvlm.runtime.cuda.speculation import SPAN, Speculation
 from trtvlm.runtime.cuda.weights import load_weights
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
@@ -46,11 +47,17 @@ class CudaExecutor:
         self.cache = KVCache(language, 1, positions, torch.half, self.device)
         self.weights = load_weights(QuantizedReader(engine), self.device)
         self.program = DecodeProgram(self.weights, self.cache, MAX_DECODE_WIDTH)
+        self._prefill = Prefill(self.weights, self.cache)
         self._vision = load_vision(engine).to(self.device, torch.half)
         self._tokens = torch.zeros(MAX_DECODE_WIDTH, dtype=torch.int32, device=self.device)
         self._cursor = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._loops: dict[int, GraphedSteps] = {}
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Positions that a prompt should come in at a time."""
+        return CHUNK
 
     @property
     def length(self) -> int:
@@ -87,16 +94,9 @@ class CudaExecutor:
     @torch.inference_mode()
     def prefill(self, embeds: Tensor) -> Tensor:
         """Append embeddings [T, hidden]. Returns float32 [vocab]: logits after the last one."""
-        program = self.program
-        for part in torch.split(embeds.float(), MAX_DECODE_WIDTH):
-            rows, start = len(part), self.cache.length
-            self.cache.advance(rows)
-            self._cursor.fill_(start)
-            program.residual[:rows] = part
-            program.square_sums[:rows] = part.square().unflatten(1, (-1, 16)).sum(-1)
-            program.launch_layers(self._cursor, rows, self._span(start + rows))
-        program.residual[0] = program.residual[rows - 1].clone()
-        program.square_sums[0] = program.square_sums[rows - 1].clone()
+        program, last = self.program, self._prefill.run(embeds)
+        program.residual[0] = last
+        program.square_sums[0] = last.square().unflatten(0, (-1, 16)).sum(-1)
         program.launch_head(1, logits=True)
         return program.logits[0].cpu()
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from trtvlm.model.config import LanguageConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.rope import rope_table
-from trtvlm.plugins.cuda.tiles import int4_tiles
+from trtvlm.plugins.cuda.tiles import half_tiles, int4_tiles
 from trtvlm.plugins.int4_moe.reference import Routing
+from trtvlm.plugins.int8_linear.decode import HeadWeight
+from trtvlm.plugins.mla_attention.decode import MLAWeights
 from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, layer_prefix
 
 
@@ -66,10 +68,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. `qkv` is q_proj alone with latent attention, which has fused_a, kv_a_norm and kv_b besides.
+    """One decoder layer. `qkv` is q_proj alone with latent attention, which has fused_a and mla (kv_b_proj) besides.
 
-    fused_a half [rank + rope, hidden] and kv_b half [heads * (nope + v), rank] as in the checkpoint. `fc` ([up; gate])
-    and `proj` are the dense MLP's, or the shared expert's where there is `moe`. Norms are half [hidden].
+    fused_a [(rank + rope) / 16, hidden / 64, 4, 32, 8] is in `half_tiles`, as mla's weights are. `fc` ([up; gate]) and `proj`
+    are the dense MLP's, or the shared expert's where there is `moe`. Norms are half [hidden].
     """
 
     input_norm: Tensor
@@ -77,20 +79,10 @@ class LayerWeights:
     qkv: Matrix
     dense: Matrix
     fused_a: Tensor | None
-    kv_a_norm: Tensor | None
-    kv_b: Tensor | None
+    mla: MLAWeights | None
     fc: Matrix | None
     proj: Matrix | None
     moe: Experts | None
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head as stored: weight half [V, hidden], or int8 [V, hidden] or int4 [V / 2, hidden] with its scales."""
-
-    kind: Kind
-    weight: Tensor
-    scales: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ class LanguageWeights:
     embedding: Tensor
     layers: list[LayerWeights]
     norm: Tensor
-    head: Head
+    head: HeadWeight
     rope: tuple[Tensor, Tensor]
 
 
@@ -124,6 +116,8 @@ def load_weights(
         )
     if config.use_mla and (config.n_group or 1) > 1:
         raise UserError("The CUDA kernels do not run routing in groups (n_group > 1): use --device cpu.")
+    if checkpoint.optional(f"lm_head.{PREQUANT}") is not None:
+        raise UserError("The CUDA kernels do not scale the LM head's input: build again, or use --device cpu.")
     loader = _Loader(checkpoint, torch.device(device))
     head_scale = None if checkpoint.lm_head == "fp16" else loader.get(f"lm_head.{SCALES[checkpoint.lm_head]}")
     return LanguageWeights(
@@ -132,7 +126,7 @@ def load_weights(
         loader.get("transformer.vocab_embedding.weight"),
         [loader.layer(index) for index in range(layers or config.num_hidden_layers)],
         loader.get("transformer.ln_f.weight"),
-        Head(checkpoint.lm_head, loader.get("lm_head.weight"), head_scale),
+        HeadWeight.pack(checkpoint.lm_head, loader.get("lm_head.weight"), head_scale),
         rope_table(config.rope_dim, config.max_position_embeddings, config.rope_theta, device),
     )
 
@@ -159,12 +153,21 @@ class _Loader:
             *common,
             self.matrix(f"{attention}{'q_proj' if config.use_mla else 'qkv'}"),
             self.matrix(f"{attention}dense"),
-            self.get(f"{attention}fused_a.weight") if config.use_mla else None,
-            self.get(f"{attention}kv_a_layernorm.weight") if config.use_mla else None,
-            self.get(f"{attention}kv_b_proj.weight") if config.use_mla else None,
+            half_tiles(self.get(f"{attention}fused_a.weight")) if config.use_mla else None,
+            self.latent(attention) if config.use_mla else None,
             None if mlp is None else self.matrix(f"{mlp}gate", f"{mlp}fc"),
             None if mlp is None else self.matrix(f"{mlp}proj"),
             moe,
+        )
+
+    def latent(self, at: str) -> MLAWeights:
+        config = self.config
+        return MLAWeights.pack(
+            self.get(f"{at}kv_b_proj.weight"),
+            self.get(f"{at}kv_a_layernorm.weight"),
+            config.num_attention_heads,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
         )
 
     def experts(self, at: str) -> Experts:

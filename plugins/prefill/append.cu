@@ -1,0 +1,92 @@
+// New rows rotated (arXiv 2104.09864) and put into the caches: a block a row. Macros: HEADS; LATENT: of latent attention, with
+// NOPE, ROPE, RANK; otherwise KV_HEADS, WIDTH.
+#include "common.cuh"
+
+constexpr int THREADS = 128;
+
+#if LATENT
+constexpr int HEAD = NOPE + ROPE, PAIRS = ROPE / 2;
+static_assert(RANK % 2 == 0 && ROPE % 2 == 0, "pairs");
+
+// q half [rows][HEADS][HEAD], whose rotary parts are rotated in place (neighbouring pairs, to half-split order); kv half
+// [rows][RANK + ROPE]: its latent, normalised by `norm`, to latent_cache [S][RANK], its key part, rotated, to rope_cache
+// [S][ROPE]. cosines and sines float [positions][PAIRS].
+extern "C" __global__ void __launch_bounds__(THREADS)
+    append(u16* q, const u16* kv, const u16* norm, const float* cosines, const float* sines, const int* cursor,
+           u16* latent_cache, u16* rope_cache) {
+    __shared__ float sums[THREADS / 32];
+    const size_t row = blockIdx.x, position = *cursor + row;
+    q += row * HEADS * HEAD;
+    kv += row * (RANK + ROPE);
+    constexpr int VALUES = (RANK / 2 + THREADS - 1) / THREADS, TURNS = ((HEADS + 1) * PAIRS + THREADS - 1) / THREADS;
+    u32 value[VALUES], turned[TURNS];
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) {
+        const int pair = i * THREADS + threadIdx.x;
+        value[i] = pair < RANK / 2 ? reinterpret_cast<const u32*>(kv)[pair] : 0;
+        sum += low_half(value[i]) * low_half(value[i]) + high_half(value[i]) * high_half(value[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {  // head HEADS stands for the key
+        const int index = i * THREADS + threadIdx.x, head = index / PAIRS;
+        const u16* from = head < HEADS ? q + head * HEAD + NOPE : kv + RANK;
+        turned[i] = index < (HEADS + 1) * PAIRS ? reinterpret_cast<const u32*>(from)[index % PAIRS] : 0;
+    }
+    sum = warp_sum(sum);
+    if (lane_id() == 0) sums[warp_id()] = sum;
+    __syncthreads();  // also: every rotary part was read before one is written
+    sum = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < THREADS / 32; ++warp) sum += sums[warp];
+    // The official layer does not pass rms_norm_eps here: always 1e-6.
+    const float rms = rsqrtf(sum * (1.f / RANK) + 1e-6f);
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) {
+        const int pair = i * THREADS + threadIdx.x;
+        if (pair < RANK / 2) {
+            const u32 factor = reinterpret_cast<const u32*>(norm)[pair];
+            reinterpret_cast<u32*>(latent_cache + position * RANK)[pair] =
+                floats_to_halves(low_half(value[i]) * rms * low_half(factor), high_half(value[i]) * rms * high_half(factor));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        const int index = i * THREADS + threadIdx.x, head = index / PAIRS, pair = index % PAIRS;
+        if (index < (HEADS + 1) * PAIRS) {
+            u16* to = head < HEADS ? q + head * HEAD + NOPE : rope_cache + position * ROPE;
+            const float x = low_half(turned[i]), y = high_half(turned[i]);
+            const float c = cosines[position * PAIRS + pair], s = sines[position * PAIRS + pair];
+            to[pair] = float_to_half(x * c - y * s);
+            to[pair + PAIRS] = float_to_half(y * c + x * s);
+        }
+    }
+}
+#else
+constexpr int PAIRS = WIDTH / 2, ROW = (HEADS + 2 * KV_HEADS) * WIDTH;
+static_assert(WIDTH % 8 == 0, "values are copied 16 bytes at a time");
+
+// qkv half [rows][HEADS + 2 KV_HEADS][WIDTH]: queries are rotated in place (pairs of the halves), keys rotated and values as
+// they are go to the caches [KV_HEADS][positions][WIDTH].
+extern "C" __global__ void __launch_bounds__(THREADS)
+    append(u16* qkv, const float* cosines, const float* sines, const int* cursor, u16* key_cache, u16* value_cache,
+           int positions) {
+    const size_t row = blockIdx.x, position = *cursor + row;
+    qkv += row * ROW;
+    for (int index = threadIdx.x; index < (HEADS + KV_HEADS) * PAIRS; index += THREADS) {
+        const int head = index / PAIRS, pair = index % PAIRS;
+        u16* from = qkv + head * WIDTH + pair;
+        u16* to = head < HEADS ? from : key_cache + ((head - HEADS) * size_t(positions) + position) * WIDTH + pair;
+        const float x = half_to_float(from[0]), y = half_to_float(from[PAIRS]);
+        const float c = cosines[position * PAIRS + pair], s = sines[position * PAIRS + pair];
+        to[0] = float_to_half(x * c - y * s);
+        to[PAIRS] = float_to_half(y * c + x * s);
+    }
+    constexpr int WORDS = WIDTH / 8;
+    const uint4* values = reinterpret_cast<const uint4*>(qkv + (HEADS + KV_HEADS) * WIDTH);
+    for (int index = threadIdx.x; index < KV_HEADS * WORDS; index += THREADS) {
+        u16* to = value_cache + (index / WORDS * size_t(positions) + position) * WIDTH;
+        reinterpret_cast<uint4*>(to)[index % WORDS] = values[index];
+    }
+}
+#endif
