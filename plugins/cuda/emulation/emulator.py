@@ -245,10 +245,12 @@ def _guarded(tensors: list[Tensor], guarded: bool) -> Iterator[dict[int, int]]:
             maps.append(_Map(region.end - region.start, region.start % 16))
             region.place = maps[-1].start
             ctypes.memmove(region.place, region.start, region.end - region.start)
-        yield {
-            address: next(r.place + address - r.start for r in regions if r.start <= address <= r.end)
-            for address in addresses
-        }
+        # An empty tensor has no bytes to point at.
+        places = dict.fromkeys(addresses, 0)
+        for region in regions:
+            inside = (address for address in addresses if region.start <= address < region.end)
+            places.update({address: region.place + address - region.start for address in inside})
+        yield places
         for region, one in zip(regions, maps, strict=True):
             if not one.intact():
                 raise EmulationError(f"the kernel wrote outside of a tensor of {region.end - region.start} bytes")
