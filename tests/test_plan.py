@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_config
 from trtvlm.builder.planner.building import building
 from trtvlm.builder.planner.bytes import step_bytes
-from trtvlm.builder.planner.fits import SHARED_BYTES, cache_bytes, card_memory, image_bytes, needed
+from trtvlm.builder.planner.fits import SHARED_BYTES, cache_bytes, card_memory, image_bytes, needed, prefill_bytes
 from trtvlm.builder.planner.gpus import GPUS, find_gpu
 from trtvlm.builder.planner.parts import (
     ATTENTION,
@@ -234,10 +234,14 @@ def test_a_pair_shares_what_is_gone_after_a_prompt() -> None:
     assert needed([alone, alone]) == SHARED_BYTES + 2 * alone.held + max(alone.image, alone.prefill)
 
 
-def test_second_copies_are_the_head_and_the_latent_projections() -> None:
-    small = card_memory(preset(SMALL), "int4", "int8", 4096, 10, 8)
-    assert small.copies == 102400 * (2048 + 4) + 27 * 2 * (576 * 2048 + 16 * 256 * 512)
-    assert card_memory(preset(TINY), "int4", "fp16", 4096, 10, 8).copies == 2 * 129280 * 1280
+def test_a_prompt_is_bounded_by_a_chunk_and_by_what_is_attended_to() -> None:
+    small, tiny = (prefill_bytes(preset(name).language, 4096) for name in (SMALL, TINY))
+    # Of 1,024 rows: 14 bytes a value of the residual stream, and six experts' inner and outer halves with the shared one's.
+    assert small == 1024 * (14 * 2048 + 2 * (2048 + 6 * (2048 + 1408) + 2 * 1408))
+    assert tiny == prefill_bytes(preset(TINY).language, 1024) < small
+    base = preset(BASE).language
+    assert prefill_bytes(base, 4096) == 1024 * 14 * 2560 + 2 * (1024 * (32 * 320 + 576) + (4096 + 512) * 32 * 256)
+    assert prefill_bytes(base, 4096) > prefill_bytes(base, 1024) > prefill_bytes(base, 100)
 
 
 def test_a_build_that_compiles_or_verifies_holds_the_whole_model() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from trtvlm.builder.planner.parts import HEAD, PROJECTOR, VISION, parts, total
 from trtvlm.model.cache import HeadCache, KVCache
 from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.plugins.gqa_attention import decode as gqa_attention
+from trtvlm.plugins.int8_linear.decode import ROWS_AT_ONCE as HEAD_ROWS_AT_ONCE
 from trtvlm.plugins.mla_attention import decode as mla_attention
-from trtvlm.plugins.quantized_checkpoint import Kind, linears, plain_tensors
+from trtvlm.plugins.quantized_checkpoint import Kind, linears
 
 CARDS_GIB = (8, 12, 24)
 # Allowances, not measurements: the CUDA context with its libraries and kernels, and the captured graphs.
@@ -22,22 +22,23 @@ MOST_POSITIONS = min(gqa_attention.MOST_POSITIONS, mla_attention.MOST_POSITIONS)
 
 _HALF, _FLOAT = 2, 4
 _CACHE_STEP = 64
-_EXPERTS_AT_ONCE = 8  # runtime/cuda/weights.py repacks so many
+_EXPERTS_AT_ONCE = 4  # runtime/cuda/weights.py repacks so many
 _REPACK_BYTES = 16  # of a weight while INT4 is repacked: codes as int32 twice, words as int64, and the orders of both
-_HEAD_REPACK_BYTES = 5
+_HEAD_REPACK_BYTES = 16
+_PREFILL_CHUNK = 1024  # rows of a prompt at a time, as runtime/cuda/prefill.py has it
+_TILE = 64  # widths of weights in half are padded to this
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the card of one model (target or draft), besides what both share (`SHARED_BYTES`).
 
-    weights: the language model's. copies: what the executor holds a second time, in the checkpoint's order. vision: tower and
-    projector. cache: keys and values. image: the tower's activations. buffers: of decode steps and sampling. prefill: an
-    allowance for a whole prompt at once. repacking: while weights are brought over, on top of those before.
+    weights: the language model's. vision: tower and projector. cache: keys and values. image: the tower's activations.
+    buffers: of decode steps and sampling. prefill: a chunk of a prompt. repacking: while weights are brought over, on top of
+    those before.
     """
 
     weights: int
-    copies: int
     vision: int
     cache: int
     image: int
@@ -48,7 +49,7 @@ class Memory:
     @property
     def held(self) -> int:
         """As long as it is open."""
-        return self.weights + self.copies + self.vision + self.cache + self.buffers
+        return self.weights + self.vision + self.cache + self.buffers
 
     @property
     def passing(self) -> int:
@@ -63,7 +64,7 @@ class Memory:
     @property
     def opening(self) -> int:
         """At most, while it is opened: the vision part comes last."""
-        return self.weights + self.copies + self.cache + self.repacking
+        return self.weights + self.cache + self.repacking
 
 
 def card_memory(config: ModelConfig, kind: Kind, lm_head: Kind, positions: int, views: int, rows: int) -> Memory:
@@ -73,13 +74,12 @@ def card_memory(config: ModelConfig, kind: Kind, lm_head: Kind, positions: int, 
     whole = total(found.values()).device_bytes
     return Memory(
         weights=whole - vision,
-        copies=found[HEAD].checkpoint_bytes + _half_attention(language),
         vision=vision,
         cache=cache_bytes(language, positions),
         image=image_bytes(config, views),
         buffers=buffer_bytes(language, positions, rows),
         prefill=prefill_bytes(language, positions),
-        repacking=_repacking(language, kind),
+        repacking=_repacking(language, kind, found[HEAD].checkpoint_bytes),
     )
 
 
@@ -125,32 +125,29 @@ def buffer_bytes(config: LanguageConfig, positions: int, rows: int) -> int:
     return attention + 3 * vocabulary + rope_tables
 
 
-def prefill_bytes(config: LanguageConfig, rows: int) -> int:
-    """An allowance: the residual stream in float32, and halves of the widest layer's inputs and products, of `rows` rows."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    attention = heads * (2 * config.head_dim + 2 * config.value_head_dim)
-    chosen = config.num_experts_per_tok or 0
-    experts = chosen * (2 * hidden + config.moe_intermediate_size)
+def prefill_bytes(config: LanguageConfig, positions: int) -> int:
+    """The largest set of live tensors while the last chunk of a prompt of `positions` rows is computed, in a layer's half."""
+    rows, hidden, heads = min(positions, _PREFILL_CHUNK), config.hidden_size, config.num_attention_heads
+    # The residual stream, what the layer before it gave (in float32 and in half), and its norm for two products.
+    common = rows * hidden * (_FLOAT + _FLOAT + _HALF + 2 * _HALF)
+    attention = rows * heads * (config.head_dim + config.value_head_dim)
+    if config.use_mla:
+        rank, nope, value = config.kv_lora_rank or 0, config.qk_nope_head_dim, config.v_head_dim
+        # Keys and values of all positions, and kv_b_proj in rows.
+        expanded = heads * (-(-nope // _TILE) * _TILE + value)
+        attention += rows * (rank + config.qk_rope_head_dim) + (positions + rank) * expanded
+    else:
+        attention += rows * 2 * config.num_key_value_heads * config.head_dim
+    chosen, width = config.num_experts_per_tok or 0, config.moe_intermediate_size
     dense = config.intermediate_size if config.first_k_dense_replace or not chosen else 0
-    shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
-    return rows * (_FLOAT * hidden + _HALF * (hidden + max(attention, dense, experts + shared)))
+    experts = chosen * (hidden + width) + width * (config.n_shared_experts or 0)
+    return common + _HALF * max(attention, rows * (hidden + max(dense, experts)))
 
 
-def _half_attention(config: LanguageConfig) -> int:
-    """Bytes of the latent projections, which stay in half."""
-    if not config.use_mla:
-        return 0
-    halves = [
-        shape
-        for name, (_, _, shape) in plain_tensors(config, 0).items()
-        if name.endswith(("fused_a.weight", "kv_b_proj.weight"))
-    ]
-    return _HALF * config.num_hidden_layers * sum(math.prod(shape) for shape in halves)
-
-
-def _repacking(config: LanguageConfig, kind: Kind) -> int:
+def _repacking(config: LanguageConfig, kind: Kind, head_bytes: int) -> int:
     """The most that is alive while a weight changes its order: a few experts of a layer with all of it, or the head."""
-    head = _HEAD_REPACK_BYTES * config.vocab_size * config.hidden_size
+    # The checkpoint's order, the tiles in pieces, and what a piece takes.
+    head = 2 * head_bytes + _HEAD_REPACK_BYTES * HEAD_ROWS_AT_ONCE * config.hidden_size
     if kind != "int4":
         return head
     most = 0

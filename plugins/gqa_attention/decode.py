@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.ahead import BLOCKS, MOST, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
+from trtvlm.plugins.int4_linear.decode import check_rows
 
 SOURCE = "gqa_attention/decode.cu"
 CHUNK, ROWS = 64, 8
@@ -52,9 +53,10 @@ def gqa_decode(
 
     qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables
     [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. coming: weights that
-    later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 2 query heads a key head, or
-    heads wider than 128.
+    later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 16 rows, more than 2 query heads a
+    key head, or heads wider than 128.
     """
+    check_rows(rows)
     kv_heads, positions, width = key_cache.shape
     if heads // kv_heads > 2 or width > 128 or width % 16:
         raise ValueError(f"the kernel takes up to 2 heads a key head of 16 to 128, not {heads // kv_heads} of {width}")

@@ -65,7 +65,7 @@ def linear(
 ) -> None:
     """out half [rows, INT4 outputs] and half_out half [rows, half outputs] = x @ weight^T; a half weight alone goes to `out`.
 
-    x half [rows, in], or with `norm` the residual stream float32 [rows, in].
+    x half [rows, in], or with `norm` the residual stream float32 [rows, in]. ValueError here and below: more rows than 16.
     """
     if not weight.int4_tiles:
         half_out = out
@@ -121,6 +121,7 @@ def _launch(
     square_sums: Tensor | None = None,
     next_scale: Tensor | None = None,
 ) -> None:
+    check_rows(rows)
     scale = weight.pre_quant_scale
     values, blocks, warps = macros(
         weight.inputs, weight.int4_tiles, weight.half_tiles, epilogue=epilogue, normalised=norm is not None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
-from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, shared_bytes
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
@@ -102,7 +102,10 @@ class MoEWorkspace:
 
 
 def moe_decode(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
-    """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed."""
+    """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
+
+    ValueError here and below: more than 16 rows.
+    """
     route(residual, norm, weights, workspace, rows)
     experts_up(weights, workspace, rows)
     experts_down(residual, norm.square_sums, weights, workspace, rows)
@@ -110,6 +113,7 @@ def moe_decode(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoE
 
 def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
     """The router's product, the experts' inputs, and the shared expert up to its gated product."""
+    check_rows(rows)
     experts, hidden = weights.router.shape
     shared_tiles = weights.shared_width // 16
     pairs = 2 if shared_tiles >= 128 else 1
@@ -126,6 +130,7 @@ def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorks
 
 def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
     """Choose the experts, list the work, and run the chosen ones up to their gated products."""
+    check_rows(rows)
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
     kernel(SOURCE, "experts_up", weights.macros)(
@@ -139,6 +144,7 @@ def experts_down(
     residual: Tensor, square_sums: Tensor, weights: MoEWeights, workspace: MoEWorkspace, rows: int
 ) -> None:
     """The second products, weighted and added to the residual stream."""
+    check_rows(rows)
     shared = weights.shared_proj
     kernel(SOURCE, "experts_down", weights.macros)(
         (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work,

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import ROWS, half_tiles, int4_tiles
-from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows
 from trtvlm.plugins.int8_linear.tiles import int8_tiles
 
 SOURCE = "int8_linear/decode.cu"
 KINDS = {"int8": 0, "fp16": 1, "int4": 2}
 _BLOCKS = 132
+# Of the vocabulary, repacked together: it takes several times their size.
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class HeadWeight:
         """From the checkpoint's tensors: "int8" codes [V, H] and scales [V], "fp16" [V, H], "int4" [V / 2, H] and [V, H / 64]."""
         if kind == "int8":
             assert scales is not None
-            return cls(kind, int8_tiles(weight), scales.float(), *weight.shape)
+            tiles = torch.cat([int8_tiles(part) for part in weight.split(ROWS_AT_ONCE)])
+            return cls(kind, tiles, scales.float(), *weight.shape)
         if kind == "int4":
             assert scales is not None
-            tiles, group_scales = int4_tiles(weight, scales)
+            pairs = zip(weight.split(ROWS_AT_ONCE // 2), scales.split(ROWS_AT_ONCE), strict=True)
+            tiles, group_scales = (torch.cat(part) for part in zip(*(int4_tiles(*pair) for pair in pairs), strict=True))
             return cls(kind, tiles, group_scales, 2 * weight.shape[0], weight.shape[1])
         return cls(kind, half_tiles(weight), None, *weight.shape)
 
@@ -73,8 +77,10 @@ def head(
 ) -> None:
     """found = each block's best logit and its token (the lower of equals); logits float32 [rows, V] too, if given.
 
-    residual float32 [rows, hidden].
+    residual float32 [rows, hidden]. The weight has no pre_quant_scale: a checkpoint's head never has one. ValueError: too many
+    rows.
     """
+    check_rows(rows)
     blocks, warps = blocks_and_warps(weight.vocab)
     macros = defines(HIDDEN=weight.hidden, VOCAB=weight.vocab, HEAD_WARPS=warps, HEAD_KIND=KINDS[weight.kind])
     shared = min(rows, COLUMNS) * (weight.hidden + 8) * 2

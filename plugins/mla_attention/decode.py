@@ -12,7 +12,7 @@ from torch import Tensor
 from trtvlm.plugins.cuda.ahead import BLOCKS, MOST, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import half_tiles
-from trtvlm.plugins.int4_linear.decode import COLUMNS
+from trtvlm.plugins.int4_linear.decode import COLUMNS, check_rows
 
 SOURCE = "mla_attention/decode.cu"
 CHUNK = 32
@@ -91,8 +91,9 @@ def mla_decode(
 
     q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32
     tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within.
-    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`).
+    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 16 rows.
     """
+    check_rows(rows)
     w = weights
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
     macros = defines(HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank)

@@ -195,7 +195,7 @@ class _Loader:
         for name in names:
             packed, scale = self.get(f"{name}.weight"), self.get(f"{name}.{SCALES['int4']}")
             if packed.dim() == 3:  # experts, a few at a time: unpacking takes eight times their size
-                parts = [int4_tiles(*pair) for pair in zip(packed.split(8), scale.split(8), strict=True)]
+                parts = [int4_tiles(*pair) for pair in zip(packed.split(4), scale.split(4), strict=True)]
                 tiles = tuple(torch.cat(part) for part in zip(*parts, strict=True))
             else:
                 tiles = int4_tiles(packed, scale)

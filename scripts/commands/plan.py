@@ -192,11 +192,10 @@ def _memory(found: Plan) -> tuple[str, Table]:
     memories = [model.memory for model in found.models.values()]
     rows = {
         "language weights": [memory.weights for memory in memories],
-        "second copies, in the checkpoint's order": [memory.copies for memory in memories],
         "vision and projector": [memory.vision for memory in memories],
         "KV cache": [memory.cache for memory in memories],
         "image activations, or": [memory.image for memory in memories],
-        "a prompt's activations (allowance)": [memory.prefill for memory in memories],
+        "a prompt's activations": [memory.prefill for memory in memories],
         "step buffers": [memory.buffers for memory in memories],
         "running": [memory.running for memory in memories],
         "at most while it is opened": [memory.opening for memory in memories],
