@@ -32,8 +32,10 @@ def tables(record: Record, entry: Record) -> Iterator[tuple[str, Table]]:
     copy = record["copy_gbps"]
     if "steps" in entry:
         yield f"decode steps at a context of {record['context']:,}, batch 1, greedy", _steps(entry["steps"], copy)
-        for step in entry["steps"]:
-            yield f"a step of {_rows(step['rows'])} by kernel", _kernels(step, copy)
+        first, *more = entry["steps"]
+        yield f"a step of {_rows(first['rows'])} by kernel", _kernels(first, copy)
+        if more:
+            yield "us a step by kernel and rows, and the share of a copy's bandwidth", _widths(entry["steps"], copy)
     if "speculation" in entry:
         yield f"a speculative step with {entry['speculation']['draft']}", _speculation(entry)
     for key, title in (("prefill", "prefill"), ("vision", "vision")):
@@ -54,9 +56,9 @@ def _table(first: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -88,6 +90,21 @@ def _kernels(step: Record, copy: float) -> Table:
         table.add_row(*row)
     gap = 1e3 * step["ms"]["p50"] - whole
     table.add_row("between kernels" if gap > 0 else "overlap of kernels", "", "", f"{abs(gap):.1f}")
+    return table
+
+
+def _widths(steps: list[Record], copy: float) -> Table:
+    table = _table("kernel", *(_rows(step["rows"]) for step in steps))
+    for name in dict.fromkeys(name for step in steps for name in step["kernels"]):
+        cells = []
+        for step in steps:
+            kernel = step["kernels"].get(name)
+            if kernel is None:
+                cells.append("-")
+                continue
+            share = f" ({100 * kernel['bytes'] / (kernel['us'] * 1e3 * copy):.0f}%)" if kernel.get("bytes") else ""
+            cells.append(f"{kernel['us'] * kernel['launches']:.1f}{share}")
+        table.add_row(name, *cells)
     return table
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 from trtvlm.builder.planner.bytes import step_bytes
 from trtvlm.model.bench_file import check, merged, read_bench, write_bench
 from trtvlm.model.bench_results import BenchResults
@@ -27,8 +27,15 @@ from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.speculative_accept.state import INPUTS, LIMIT, STATE_SIZE, TARGET_CURSOR
 from trtvlm.runtime.cuda import measure_start
 from trtvlm.runtime.cuda.child import lines_of
-from trtvlm.runtime.cuda.measure import Spread, replay_times
-from trtvlm.runtime.cuda.measure_baselines import measure_baselines, transformers_config
+from trtvlm.runtime.cuda.measure import Launch, Spread, replay_times
+from trtvlm.runtime.cuda.measure_baselines import (
+    DIRECT,
+    Baseline,
+    measure,
+    measure_baselines,
+    transformers_config,
+    ways,
+)
 from trtvlm.runtime.cuda.measure_decode import Bench, Step, measure_step, tokens_a_second
 from trtvlm.runtime.cuda.measure_memory import Ledger, check_cap, parse_size
 from trtvlm.runtime.cuda.measure_operators import STACK, kernel_bytes, measure_operators
@@ -409,7 +416,8 @@ def test_tables_say_what_was_measured() -> None:
     assert rows["8"] == ["8", "1.600", "1.700", "1.900", "500", "2.00", "101", "4.000", "GB", "2,500", "62%"]
     linear = next(line.split() for line in text.splitlines() if line.startswith("linear"))
     assert linear == ["linear", "100", "4.00", "400.0", "89%", "0.800", "GB", "2,000", "50%"]
-    assert rows["between kernels"][-1] == "940.0", "1,600 less 660, of the last step"
+    assert rows["between kernels"][-1] == "350.0"
+    assert "linear  400.0 (50%)  600.0 (33%)" in text
     assert rows["2.50 of 4"] == ["2.50", "of", "4", "3,684", "0.271", "2.95"]
     assert rows["weights"][-1] == "9.000"
     assert rows["at most at any time"][-1] == "10.000"
@@ -498,3 +506,64 @@ def test_one_thing_is_measured_or_shown(arguments: tuple[str, ...]) -> None:
     result = _bench(*arguments)
     assert result.exit_code == 2
     assert "Give one of --random, --engine and --from." in result.stderr
+
+
+# transformers, where it is installed
+
+
+@pytest.mark.parametrize("kind", ["mla", "base"])
+def test_the_baseline_is_the_same_model(kind: str) -> None:
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForCausalLM
+
+    config, model = tiny_config(kind).language, tiny_model(kind, 0).language
+    baseline = AutoModelForCausalLM.from_config(transformers_config(config), dtype=torch.float32).eval()
+    ours, weights = model.state_dict(), {}
+    for name in baseline.state_dict():
+        at, _, fused = name.rpartition(".experts.")
+        if not at:
+            weights[name] = ours[name]
+            continue
+        parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+        experts = range(config.n_routed_experts or 0)
+        weights[name] = torch.stack(
+            [torch.cat([ours[f"{at}.experts.{number}.{part}.weight"] for part in parts]) for number in experts]
+        )
+    baseline.load_state_dict(weights)
+    ids = torch.randint(config.vocab_size, (1, 12))
+    with torch.no_grad():
+        expected = model(model.model.embed_tokens(ids))
+        torch.testing.assert_close(baseline(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_way_of_running_the_baseline_gives_the_same_token() -> None:
+    pytest.importorskip("transformers")
+    config = transformers_config(tiny_config("mla").language)
+    clock = FakeClock()
+    baseline = Baseline.make(config, 40, "cpu", torch.float32)
+    found = {}
+    for name, make in ways(baseline, DIRECT, lambda step: step):
+        replay = make()
+        baseline.token.fill_(7)
+        baseline.rewind()
+        replay()
+        found[name] = int(baseline.chosen)
+    assert len(found) == 5
+    assert len(set(found.values())) == 1
+
+    def replay_of(step: Launch) -> Launch:
+        calls.append(step)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted\nmore words")
+        return step
+
+    calls: list[Launch] = []
+    entries = list(measure(config, 40, 3, DIRECT, "cpu", clock, replay_of, torch.float32))
+    assert [entry["name"] for entry in entries] == list(found)
+    assert [entry.get("failed") for entry in entries] == [
+        None,
+        None,
+        None,
+        "RuntimeError: operation not permitted",
+        None,
+    ]

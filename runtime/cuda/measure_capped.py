@@ -15,7 +15,7 @@ from trtvlm.runtime.cuda.device import bytes_in_use
 from trtvlm.runtime.cuda.measure import copy_gbps
 from trtvlm.runtime.cuda.measure_decode import Bench, measure_speculation
 from trtvlm.runtime.cuda.measure_memory import Ledger, check_cap, limit_allocator
-from trtvlm.runtime.cuda.measured_model import POSITIONS, MeasuredModel
+from trtvlm.runtime.cuda.measured_model import MeasuredModel
 from trtvlm.runtime.cuda.prefill import Prefill  # type: ignore[import-not-found, unused-ignore]
 from trtvlm.runtime.cuda.speculation import Speculation
 from trtvlm.runtime.cuda.weights import load_weights
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SIDE = 3
 VIEWS = 1 + SIDE * SIDE
 STEPS = 50
+SPARE = 64
 
 
 @torch.inference_mode()
@@ -67,9 +68,10 @@ def measure_capped(
     say(f"speculative steps of {drafted} drafted tokens")
     with ledger.part("graphs and kernels"):
         speculation = Speculation(models[0].program, models[1].program)
-        found = measure_speculation(speculation, drafted, Bench(POSITIONS - 64, STEPS))
+        positions = min(model.cache.max_len for model in models)
+        found = measure_speculation(speculation, drafted, Bench(positions - SPARE, STEPS))
     sentence = check_cap(ledger, cap)
-    entry = ledger.to_dict() | {"cap": cap, "draft": draft.name, "positions": POSITIONS, "views": VIEWS, "step": found}
+    entry = ledger.to_dict() | {"cap": cap, "draft": draft.name, "positions": positions, "views": VIEWS, "step": found}
     del speculation, models, visions, model, weights, vision
     ledger.device.release()
     torch.cuda.set_per_process_memory_fraction(1.0)

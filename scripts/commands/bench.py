@@ -261,7 +261,10 @@ def _finish(record: Record, output: Path | None, plot: Path | None) -> None:
 
     from trtvlm.scripts.bench_tables import show
 
-    show(record, Console(highlight=False))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width that would have to be kept
+        console.width = 140
+    show(record, console)
     _write(record, output)
     if plot is not None:
         from trtvlm.scripts.bench_plot import plot as draw
