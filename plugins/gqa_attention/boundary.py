@@ -33,16 +33,7 @@ class GQABoundary:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of workspace a call needs, whatever its rows."""
-        return total_bytes(self._pieces)
-
-    @property
-    def _pieces(self) -> list[Piece]:
-        chunks = -(-self.positions // CHUNK)
-        return [
-            Piece(torch.float32, (ROWS * chunks, self.heads, self.width)),
-            Piece(torch.float32, (ROWS * chunks, self.heads, 2)),
-            Piece(torch.int32, (1,)),
-        ]
+        return total_bytes(self._pieces())
 
     def __call__(
         self,
@@ -60,7 +51,7 @@ class GQABoundary:
 
         span: positions that the cursor and the rows stay within. memory: uint8, `workspace_bytes` of it.
         """
-        outputs, shares, later = carve(memory, self._pieces)
+        outputs, shares, later = carve(memory, self._pieces())
         workspace = GQAWorkspace(outputs, shares, -(-self.positions // CHUNK))
         rows = q.shape[0]
         for start in range(0, rows, ROWS):
@@ -71,3 +62,16 @@ class GQABoundary:
                 (q[part], k[part], v[part]), self.heads, self.rope, k_cache, v_cache, later if start else cursor,
                 out[part], workspace, part.stop - start, span,
             )  # fmt: skip
+
+    def _pieces(self) -> list[Piece]:
+        return workspace_pieces(self.heads, self.width, self.positions)
+
+
+def workspace_pieces(heads: int, width: int, positions: int) -> list[Piece]:
+    """Each chunk's outputs and shares, and a later cursor."""
+    chunks = -(-positions // CHUNK)
+    return [
+        Piece(torch.float32, (ROWS * chunks, heads, width)),
+        Piece(torch.float32, (ROWS * chunks, heads, 2)),
+        Piece(torch.int32, (1,)),
+    ]

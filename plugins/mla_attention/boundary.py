@@ -32,17 +32,7 @@ class MLABoundary:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of workspace a call needs, whatever its rows."""
-        return total_bytes(self._pieces)
-
-    @property
-    def _pieces(self) -> list[Piece]:
-        w, chunks = self.weights, -(-self.positions // CHUNK)
-        return [
-            Piece(torch.half, (ROWS, w.heads, w.rank + w.rope)),
-            Piece(torch.float32, (ROWS * chunks, w.heads, w.rank)),
-            Piece(torch.float32, (ROWS * chunks, w.heads, 2)),
-            Piece(torch.int32, (1,)),
-        ]
+        return total_bytes(self._pieces())
 
     def __call__(
         self,
@@ -60,7 +50,7 @@ class MLABoundary:
 
         span: positions that the cursor and the rows stay within. memory: uint8, `workspace_bytes` of it.
         """
-        queries, outputs, shares, later = carve(memory, self._pieces)
+        queries, outputs, shares, later = carve(memory, self._pieces())
         workspace = MLAWorkspace(queries, outputs, shares, -(-self.positions // CHUNK))
         rows = q.shape[0]
         for start in range(0, rows, ROWS):
@@ -71,3 +61,17 @@ class MLABoundary:
                 q[part], (latent[part], k_pe[part]), self.weights, self.rope, latent_cache, k_pe_cache,
                 later if start else cursor, out[part], workspace, part.stop - start, span,
             )  # fmt: skip
+
+    def _pieces(self) -> list[Piece]:
+        return workspace_pieces(self.weights.heads, self.weights.rank, self.weights.rope, self.positions)
+
+
+def workspace_pieces(heads: int, rank: int, rope: int, positions: int) -> list[Piece]:
+    """Queries, each chunk's outputs and shares, and a later cursor."""
+    chunks = -(-positions // CHUNK)
+    return [
+        Piece(torch.half, (ROWS, heads, rank + rope)),
+        Piece(torch.float32, (ROWS * chunks, heads, rank)),
+        Piece(torch.float32, (ROWS * chunks, heads, 2)),
+        Piece(torch.int32, (1,)),
+    ]
