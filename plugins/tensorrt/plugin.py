@@ -209,7 +209,7 @@ def fields(held: Mapping[str, NDArray[Any]]) -> trt.PluginFieldCollection_:
     kinds = {np.dtype(np.int32): trt.PluginFieldType.INT32, np.dtype(np.float32): trt.PluginFieldType.FLOAT32}
     made = [trt.PluginField(cast(Any, name), array, kinds[array.dtype]) for name, array in held.items()]
     # To TensorRT's binding this is one of its own collections too.
-    return cast(trt.PluginFieldCollection_, trt.PluginFieldCollection(made))
+    return cast("trt.PluginFieldCollection_", trt.PluginFieldCollection(made))
 
 
 def dims_exprs(sizes: Sequence[Any]) -> trt.DimsExprs:

@@ -175,7 +175,7 @@ def test_without_tensorrt_a_shim_stands_in(
     ):
         theirs = getattr(trt, group.__name__)
         assert {member.name: member.value for member in group} == {
-            name: int(getattr(theirs, name)) for name in group.__members__
+            name: getattr(theirs, name).value for name in group.__members__
         }
     made: Any = shim.PluginFieldCollection(
         shim.PluginField(name, np.array([value]), shim.PluginFieldType.INT32) for name, value in numbers.items()
