@@ -70,17 +70,21 @@ def write_bench(path: Path, record: Record) -> None:
 
 def merged(old: Record, new: Record, path: Path) -> Record:
     """Both files' models, the new one's sections going before. UserError: they were not measured on the same."""
-    differing = [name for name in SAME if old.get(name) != new.get(name)]
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"{path} was measured with {name} {old.get(name)}, this run with {new.get(name)}: give another --output, or remove "
-            "it."
-        )
+    check_same(old, new, path)
     models = {name: dict(entry) for name, entry in old["models"].items()}
     for name, entry in new["models"].items():
         models[name] = models.get(name, {}) | entry
     return new | {"models": models}
+
+
+def check_same(old: Record, new: Record, path: Path) -> None:
+    """UserError unless two runs, of which `path` holds the old one, can stand in one file."""
+    for name in SAME:
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{path} was measured with {name} {old.get(name)}, this run with {new.get(name)}: give another --output, or "
+                "remove it."
+            )
 
 
 def check(raw: Any) -> None:

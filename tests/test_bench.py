@@ -36,7 +36,7 @@ from trtvlm.runtime.cuda.measure_baselines import (
     transformers_config,
     ways,
 )
-from trtvlm.runtime.cuda.measure_decode import Bench, Step, measure_step, tokens_a_second
+from trtvlm.runtime.cuda.measure_decode import Bench, Step, measure_step
 from trtvlm.runtime.cuda.measure_memory import Ledger, check_cap, parse_size
 from trtvlm.runtime.cuda.measure_operators import STACK, kernel_bytes, measure_operators
 from trtvlm.scripts.bench_plot import OTHER, plot, stacks
@@ -143,10 +143,6 @@ def test_states_differ_in_their_tokens_alone(rows: int) -> None:
     states[:, INPUTS : INPUTS + 1 + rows] = 0
     assert len(states.unique(dim=0)) == 1
     assert Bench(1024).span(rows) == 1280
-
-
-def test_tokens_a_second_count_the_target_s_own() -> None:
-    assert tokens_a_second(2.0, 3.0) == 2000
 
 
 # Bytes

@@ -99,9 +99,13 @@ def captured(step: Launch) -> Launch:
     return graph.replay
 
 
-def copy_gbps(device: torch.device | str = "cuda", size: int = 1 << 32, repeats: int = 10) -> float:
-    """Bytes read and written a second, in 1e9, by a device-to-device copy of `size` bytes: the median of `repeats`."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+def copy_gbps(size: int | None = None, repeats: int = 10) -> float:
+    """Bytes read and written a second, in 1e9, by a device-to-device copy of `size` bytes: the median of `repeats`.
+
+    By default 4 GiB, or a quarter of what is free: more than any cache holds.
+    """
+    size = size or min(1 << 32, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     clock, marks = CudaClock(), []
     for _ in range(repeats + 2):

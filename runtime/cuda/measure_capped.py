@@ -69,10 +69,10 @@ def measure_capped(
     with ledger.part("graphs and kernels"):
         speculation = Speculation(models[0].program, models[1].program)
         positions = min(model.cache.max_len for model in models)
-        found = measure_speculation(speculation, drafted, Bench(positions - SPARE, STEPS))
+        found, replay = measure_speculation(speculation, drafted, Bench(positions - SPARE, STEPS))
     sentence = check_cap(ledger, cap)
     entry = ledger.to_dict() | {"cap": cap, "draft": draft.name, "positions": positions, "views": VIEWS, "step": found}
-    del speculation, models, visions, model, weights, vision
+    del replay, speculation, models, visions, model, weights, vision
     ledger.device.release()
     torch.cuda.set_per_process_memory_fraction(1.0)
     return entry, sentence, copy_gbps()

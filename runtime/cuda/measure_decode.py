@@ -84,16 +84,11 @@ def measure_step(step: Launch, state: Tensor, vocab: int, rows: int, bench: Benc
     return Spread.of(replay_times(replay, state, states, bench.clock)), replay
 
 
-def measure_speculation(speculation: Speculation, drafted: int, bench: Bench) -> dict[str, Any]:
-    """A whole speculative step: `drafted` passes of the draft, verification, acceptance and the next inputs."""
+def measure_speculation(speculation: Speculation, drafted: int, bench: Bench) -> tuple[dict[str, Any], Launch]:
+    """A whole speculative step: `drafted` passes of the draft, verification, acceptance and the next inputs; and its replay."""
     vocab, span = speculation.target.weights.config.vocab_size, bench.span(drafted + 1)
-    spread, _ = measure_step(lambda: speculation.step(drafted, span), speculation.state, vocab, 1, bench)
-    return {"drafted": drafted, "ms": spread.to_dict()}
-
-
-def tokens_a_second(step_ms: float, accepted: float) -> float:
-    """Of steps that keep `accepted` drafted tokens and add one of the target's own."""
-    return 1e3 * (1 + accepted) / step_ms
+    spread, replay = measure_step(lambda: speculation.step(drafted, span), speculation.state, vocab, 1, bench)
+    return {"drafted": drafted, "ms": spread.to_dict()}, replay
 
 
 def fill_cache(caches: Sequence[Tensor], seed: int = 0) -> None:

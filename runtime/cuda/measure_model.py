@@ -117,14 +117,17 @@ def _steps(target: Subject, draft: Subject | None, wanted: Wanted, ledger: Ledge
             states = wanted.bench.states(config.vocab_size, rows, step.state.device)
             entry["steps"].append({
                 "rows": rows, "ms": spread.to_dict(), "bytes": round(sum(bytes_of.values())),
-                "kernels": measure_operators(replay, step.state, states, bytes_of),
+                # A profiler that does not look into graphs sees the launches themselves.
+                "kernels": measure_operators(replay, step.state, states, bytes_of)
+                or measure_operators(step, step.state, states, bytes_of),
             })  # fmt: skip
     if draft is not None and "speculation" in wanted.parts:
         other = _load(draft, wanted, ledger, " of the draft", say)
         say(f"speculative steps of {wanted.drafted} drafted tokens")
         with ledger.part("graphs and kernels"):
             speculation = Speculation(model.program, other.program)
-            found = measure_speculation(speculation, wanted.drafted, wanted.bench)
+            found, replay = measure_speculation(speculation, wanted.drafted, wanted.bench)
+        kept.append(replay)
         entry["speculation"] = {"draft": draft.name, "accepted": wanted.accepted} | found
     return entry
 

@@ -121,6 +121,7 @@ def command(
     if cap is not None:
         _check_capped(pairs)
     check_gpu()
+    _check_output(output, wanted)
     if cap is not None:
         found = _capped(*pairs[0], cap, wanted, output)
     else:
@@ -196,6 +197,15 @@ def _wanted(
     return Wanted(parts, wanted, Bench(context, replays), drafted, kept, lm_head)
 
 
+def _check_output(path: Path | None, wanted: Wanted) -> None:
+    """Say before anything is measured that the results could not join what the file has."""
+    from trtvlm.model.bench_file import check_same, read_bench
+    from trtvlm.runtime.cuda.device import describe
+
+    if path is not None and path.exists():
+        check_same(read_bench(path), describe() | {"context": wanted.bench.context, "lm_head": wanted.lm_head}, path)
+
+
 def _measured(
     pairs: list[tuple[Subject, Subject | None]], wanted: Wanted, cold_start: bool, baselines: bool, output: Path | None
 ) -> Record:
@@ -213,7 +223,8 @@ def _measured(
             entry["cold_start"] = measure_start(target.kind, target.source)
         if baselines:
             _say("transformers, in processes of their own")
-            entry["baselines"] = measure_baselines(target.source, wanted.bench.context)
+            sizes = target.source if target.kind == "random" else target.name
+            entry["baselines"] = measure_baselines(sizes, wanted.bench.context)
         found = _record({target.name: entry}, wanted.bench.context, wanted.lm_head, copy)
         models |= found["models"]
         found["models"] = models
