@@ -9,16 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.tiny import tiny_config, tiny_model
 from trtvlm.model.cache import KVCache, LatentCache
+from trtvlm.model.presets import preset
 from trtvlm.model.sizes import SIZES, language_size
+from trtvlm.model.vision import Projector, VisionTower
 from trtvlm.plugins.cuda.tiles import half_rows, half_tiles, int4_tiles
 from trtvlm.plugins.int4_linear import packing
 from trtvlm.plugins.prefill import reference as launches
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
+from trtvlm.runtime.cuda import measure_prefill as measured
 from trtvlm.runtime.cuda import prefill as subject
 from trtvlm.runtime.cuda.decode import DecodeProgram
 from trtvlm.runtime.cuda.prefill import Prefill
 from trtvlm.runtime.cuda.reference import reference_model
+from trtvlm.runtime.cuda.vision import VisionProgram
 from trtvlm.runtime.cuda.weights import LanguageWeights, load_weights
 
 MODELS = ("nano", "nano-draft")
@@ -95,7 +100,7 @@ def cut(model: str, device: str, layers: int = 2) -> tuple[RandomCheckpoint, Lan
 def test_same_as_the_model(model: str) -> None:
     checkpoint, weights = cut(model, "cpu")
     config, expected = checkpoint.config, reference_model(checkpoint, "cpu")
-    for length, size in ((1, 16), (7, 16), (35, 16)):
+    for length, size in ((1, 16), (7, 16), (20, 16)):
         cache, plain = (KVCache(config, 1, 128, dtype) for dtype in (torch.half, torch.float32))
         ids = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
         states = expected.hidden_states(expected.model.embed_tokens(ids).unsqueeze(0), plain)[0]
@@ -121,6 +126,76 @@ def test_what_does_not_fit_is_refused() -> None:
     assert cache.length == 0
     with pytest.raises(ValueError, match="0 rows"):
         Prefill(weights, cache, 0)
+
+
+class Counter:
+    """A clock that counts the moments it marks."""
+
+    def __init__(self) -> None:
+        self.moments = 0
+
+    def mark(self) -> int:
+        self.moments += 1
+        return self.moments
+
+    def between(self, start: int, end: int) -> float:
+        return float(end - start)
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("launches_on_a_cpu")
+def test_measures_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[Tensor] = []
+    monkeypatch.setattr(measured, "head_of", lambda program, last: heads.append(last.clone()))
+    _, weights = cut("nano-draft", "cpu", 1)
+    found = measured.measure_prefill(weights.config, (3, 20), weights, 16, 2, Counter())
+    assert [(row["tokens"], row["ms"]["p50"], row["tokens_a_second"]) for row in found] == [
+        (3, 1, 3000),
+        (20, 1, 20000),
+    ]
+    # The first runs are not counted, and each starts from an empty cache.
+    assert len(heads) == 2 * (measured.WARMUP + 2)
+    assert all(torch.equal(heads[0], head) for head in heads[: len(heads) // 2])
+    with pytest.raises(ValueError, match="positions"):
+        measured.measure_prefill(weights.config, (weights.config.max_position_embeddings + 1,), weights)
+
+
+def test_measures_images() -> None:
+    config = tiny_config("mha")
+    found = measured.measure_vision(config.vision, config.projector, (1, 3), "cpu", 2, Counter())
+    assert [(row["tiles"], row["tiles_a_second"]) for row in found] == [(1, 1000), (3, 3000)]
+
+
+def test_views_of_an_image_are_what_the_model_makes_of_them() -> None:
+    model = tiny_model("mha", 0)
+    size = model.config.vision.image_size
+    pixels = torch.rand(3, 3, size, size) * 2 - 1
+    with torch.inference_mode():
+        expected = model.encode_views(pixels)
+        found = VisionProgram(model.vision, model.projector, "cpu").encode(pixels)
+    assert found.dtype == torch.half
+    assert error(found, expected) < 5e-3
+
+
+@pytest.mark.gpu
+def test_a_graph_of_views_is_the_tower_itself() -> None:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        # The official tower's widths, fewer layers: heads of 72.
+        config = dataclasses.replace(preset(SIZES[0]).vision, layers=3)
+        tower, projector = VisionTower(config), Projector(preset(SIZES[0]).projector)
+        pixels = torch.rand(6, 3, config.image_size, config.image_size) * 2 - 1
+        with torch.inference_mode():
+            expected = projector(tower(pixels))
+        program = VisionProgram(tower, projector, "cuda")
+        for views in (1, 2, 6, 4, 2):
+            found = program.encode(pixels[:views])
+            again = program.encode(pixels[-views:])
+            assert error(found, expected[:views]) < 5e-3
+            assert error(again, expected[-views:]) < 5e-3
+            assert torch.equal(found, program.encode(pixels[:views]))
 
 
 @pytest.mark.gpu

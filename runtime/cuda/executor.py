@@ -10,8 +10,9 @@ from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.cache import KVCache
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_vision
 from trtvlm.runtime.cuda.decode import DecodeProgram
-from trtvlm.runtime.cuda.prefill import CHUNK, Prefill
+from trtvlm.runtime.cuda.prefill import CHUNK, Prefill, head_of
 from trtvlm.runtime.cuda.speculation import SPAN, Speculation
+from trtvlm.runtime.cuda.vision import VisionProgram
 from trtvlm.runtime.cuda.weights import load_weights
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
 
@@ -49,6 +50,7 @@ class CudaExecutor:
         self.program = DecodeProgram(self.weights, self.cache, MAX_DECODE_WIDTH)
         self._prefill = Prefill(self.weights, self.cache)
         self._vision = load_vision(engine).to(self.device, torch.half)
+        self._views = VisionProgram(self._vision.vision, self._vision.projector, self.device)
         self._tokens = torch.zeros(MAX_DECODE_WIDTH, dtype=torch.int32, device=self.device)
         self._cursor = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -82,8 +84,7 @@ class CudaExecutor:
     @torch.inference_mode()
     def encode_image(self, image: ImageView) -> Tensor:
         """[image tokens, hidden] of one image; alone, so that its bits do not depend on the images beside it."""
-        features = self._vision.encode_views(image.pixels.to(self.device, torch.half))
-        return self._vision.image_embeds(features, image.tiles)
+        return self._vision.image_embeds(self._views.encode(image.pixels), image.tiles)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -94,11 +95,8 @@ class CudaExecutor:
     @torch.inference_mode()
     def prefill(self, embeds: Tensor) -> Tensor:
         """Append embeddings [T, hidden]. Returns float32 [vocab]: logits after the last one."""
-        program, last = self.program, self._prefill.run(embeds)
-        program.residual[0] = last
-        program.square_sums[0] = last.square().unflatten(0, (-1, 16)).sum(-1)
-        program.launch_head(1, logits=True)
-        return program.logits[0].cpu()
+        head_of(self.program, self._prefill.run(embeds))
+        return self.program.logits[0].cpu()
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:

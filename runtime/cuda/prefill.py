@@ -21,6 +21,7 @@ from trtvlm.plugins.prefill.cuda import add_norm, append_heads, append_latent, a
 if TYPE_CHECKING:
     from trtvlm.model.cache import KVCache
     from trtvlm.plugins.mla_attention.decode import MLAWeights
+    from trtvlm.runtime.cuda.decode import DecodeProgram
     from trtvlm.runtime.cuda.weights import Experts, LanguageWeights, LayerWeights, Matrix
 
 CHUNK = 1024
@@ -87,6 +88,13 @@ class Prefill:
         append_latent(q, kv, layer.mla.norm, rope, self._cursor, cache.latent[0], cache.k_pe[0])
         keys, values = expand(layer.mla, cache, end)
         return attend(q, keys, cache.k_pe[0, :end], values, self._cursor, layer.dense.pre_quant_scale)
+
+
+def head_of(program: DecodeProgram, last: Tensor) -> None:
+    """The head of a decode program after a prompt whose last residual is float32 [hidden]: logits and candidates of row 0."""
+    program.residual[0] = last
+    program.square_sums[0] = last.square().unflatten(0, (-1, 16)).sum(-1)
+    program.launch_head(1, logits=True)
 
 
 def expand(weights: MLAWeights, cache: LatentCache, end: int) -> tuple[Tensor, Tensor]:
