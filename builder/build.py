@@ -19,7 +19,15 @@ from trtvlm.builder.calibrate import Sample, bundled_samples, prepare, read_samp
 from trtvlm.builder.stream import nbytes
 from trtvlm.builder.trtllm_config import BuildConfig, engine_config
 from trtvlm.builder.unfinished import unfinished
-from trtvlm.model.artifacts import PROCESSOR_FILES, EngineDir, atomic_directory, check_free, digests, write_json
+from trtvlm.model.artifacts import (
+    PROCESSOR_FILES,
+    EngineDir,
+    atomic_directory,
+    check_free,
+    digests,
+    resolved,
+    write_json,
+)
 from trtvlm.model.checkpoint import UNUSED, CheckpointReader, bundled_draft, load_model, resolve_model
 from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
@@ -144,7 +152,7 @@ def plan(model: str, output: Path, settings: BuildSettings, draft: str | None = 
         from trtvlm.builder.compile import check_sm
 
         check_sm(settings.build.sm)
-    check_free(Path(output).expanduser().resolve(), settings.overwrite)
+    check_free(resolved(output), settings.overwrite)
     draft = draft if draft is not None else bundled_draft(model)
     parts = [_part("target", model)]
     if draft is not None:

@@ -253,7 +253,8 @@ def _first_hidden(
         reader.load_into(module, f"{name}.")
         _check_finite(module, f"{name}.")
     for name in ("image_newline", "view_seperator"):
-        setattr(model, name, nn.Parameter(reader.get(name).float().to(device), requires_grad=False))
+        value = _finite(name, reader.get(name).float())
+        setattr(model, name, nn.Parameter(value.to(device), requires_grad=False))
     engine.vision.mkdir(parents=True, exist_ok=True)
     shapes = {name: (torch.float16, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
     with SafetensorsWriter(engine.vision_weights, shapes) as writer:
@@ -436,7 +437,9 @@ def _quantized(
 def _check_finite(module: nn.Module, prefix: str) -> None:
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"The checkpoint's tensor {prefix}{name} holds values that are not finite; it is damaged.")
+            raise UserError(
+                f"The checkpoint's tensor {prefix}{name} holds values that are not finite; download it again."
+            )
 
 
 def _checked_rows(reader: CheckpointReader, name: str, start: int, stop: int) -> Tensor:
@@ -445,7 +448,7 @@ def _checked_rows(reader: CheckpointReader, name: str, start: int, stop: int) ->
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
-        raise UserError(f"The checkpoint's tensor {name} holds values that are not finite; it is damaged.")
+        raise UserError(f"The checkpoint's tensor {name} holds values that are not finite; download it again.")
     return tensor
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trtvlm.model.artifacts import resolved
 from trtvlm.model.errors import UserError
 
 JOURNAL, WEIGHTS = "journal.json", "rank0.safetensors"
@@ -32,7 +33,7 @@ def unfinished(output: Path) -> Iterator[Path]:
 
     What killed builds left otherwise is removed. UserError: another build is at work there, or it cannot be written.
     """
-    output = output.expanduser().resolve()
+    output = resolved(output)
     name = f".{output.name}.unfinished"
     folder, lock = output.with_name(name), output.with_name(f"{name}.lock")
     try:

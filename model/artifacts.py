@@ -131,7 +131,7 @@ def atomic_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
 
     A link is followed. Raises UserError when `path` exists and may not be replaced (`check_free`), or cannot be written.
     """
-    path = Path(path).expanduser().resolve()
+    path = resolved(path)
     check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +163,17 @@ def _replace(path: Path, new: Path) -> None:
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def resolved(path: str | Path) -> Path:
+    """Where an output will be, links followed. UserError: no folder can be there."""
+    try:
+        found = Path(path).expanduser().resolve()
+        found.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself, before Python 3.13
+        reason = getattr(error, "strerror", None) or "a link leads to itself"
+        raise UserError(f"{path} cannot be written ({reason}): give another output.") from None
+    return found
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:

@@ -79,7 +79,7 @@ class CheckpointReader:
         elif index.exists():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self._files = {str(name): self.folder / str(shard) for name, shard in weight_map.items()}
+                self._files = {str(name): self.folder / _in_folder(shard) for name, shard in weight_map.items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{index} is not a valid safetensors index; download it again.") from None
             self._check_shards()
@@ -151,6 +151,7 @@ class CheckpointReader:
                 rows: Tensor = shard.get_slice(name)[start:stop]
             except SafetensorError as error:
                 raise UserError(f"{path} is damaged at tensor {name} ({error}); download it again.") from None
+        _check_type(path, name, rows)
         return rows
 
     def load_into(self, module: torch.nn.Module, prefix: str) -> None:
@@ -167,7 +168,8 @@ class CheckpointReader:
                     f"{list(parameter.shape)}; the two do not belong together."
                 )
             with torch.no_grad():
-                parameter.copy_(tensor)
+                # Moved as it is stored: to another device, a copy that converts would convert first, on one thread.
+                parameter.copy_(tensor.to(parameter.device))
 
     def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
         """A file is opened once for all that is read of it: a header names thousands of tensors."""
@@ -188,7 +190,23 @@ class CheckpointReader:
                         tensor: Tensor = shard.get_tensor(name)
                     except SafetensorError as error:
                         raise UserError(f"{path} is damaged at tensor {name} ({error}); download it again.") from None
+                    _check_type(path, name, tensor)
                     yield name, tensor
+
+
+def _in_folder(shard: object) -> str:
+    """The name of a shard beside its index. ValueError: it is something else."""
+    if not isinstance(shard, str) or Path(shard).name != shard:
+        raise ValueError
+    return shard
+
+
+def _check_type(path: Path, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise UserError(
+            f"The tensor {name} of {path} has type {str(tensor.dtype).removeprefix('torch.')}, but weights are 16-bit or "
+            "wider floats; give a checkpoint that is not quantized yet."
+        )
 
 
 def load_model(

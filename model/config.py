@@ -6,8 +6,10 @@ by its key, rather than turning into wrong tokens later.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse what the model does not support, naming the key."""
-        for key, ok, supported in _requirements(self):
+        # Sizes first: what comes after them divides by some.
+        for key, ok, supported in itertools.chain(_sizes(self), _requirements(self)):
             if not ok:
                 raise UserError(f"The model's config.json has an unsupported {key}; supported: {supported}.")
 
@@ -162,11 +165,17 @@ class ModelConfig:
         vision = _read(VisionConfig, raw.get("vision_config", {}), "vision_config")
         language = _read(LanguageConfig, raw["language_config"], "language_config")
         sizes = raw.get("candidate_resolutions", [[384, 384]])
+        try:
+            resolutions = tuple((int(w), int(h)) for w, h in sizes)
+        except (TypeError, ValueError):
+            raise UserError(
+                "The model's config.json has candidate_resolutions that are not pairs of numbers; download it again."
+            ) from None
         return cls(
             vision=vision,
             projector=_read(ProjectorConfig, raw.get("projector_config", {}), "projector_config"),
             language=language,
-            candidate_resolutions=tuple((int(w), int(h)) for w, h in sizes),
+            candidate_resolutions=resolutions,
             tile_tag=raw.get("tile_tag", "tile_tag"),
             global_view_pos=raw.get("global_view_pos", "head"),
             torch_dtype=str(raw.get("torch_dtype") or raw["language_config"].get("torch_dtype") or "bfloat16"),
@@ -182,7 +191,7 @@ class ModelConfig:
             raise UserError(
                 f"There is no config.json in {folder}; give the folder of a DeepSeek-VL2 checkpoint."
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); download it again.") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}).") from None
@@ -210,6 +219,8 @@ class ModelConfig:
 
 def _read(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
     """Build dataclass `kind` from the keys it knows; other keys of the official files carry no meaning here."""
+    if not isinstance(raw, dict):
+        raise UserError(f"The model's config.json has a {where} that is not an object; download it again.")
     values = {f.name: raw[f.name] for f in dataclasses.fields(kind) if f.name in raw}
     for f in dataclasses.fields(kind):
         if f.name not in values or values[f.name] is None:
@@ -224,6 +235,30 @@ def _read(kind: type[Any], raw: dict[str, Any], where: str) -> Any:
                 f"The model's config.json has {where}.{f.name} = {value!r}, which is not of the right type."
             )
     return kind(**values)
+
+
+# The most that a size can be: beyond any model, and few enough to count up to.
+_MOST = {
+    "vision_config": {"image_size": 1 << 14, "patch_size": 1 << 14, "width": 1 << 20, "layers": 1000, "heads": 1 << 14},
+    "language_config": {
+        "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 1000,
+        "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "max_position_embeddings": 1 << 24,
+        "moe_intermediate_size": 1 << 24, "n_routed_experts": 1 << 12,
+    },
+    "projector_config": {"input_dim": 1 << 20, "n_embed": 1 << 20, "depth": 1000, "downsample_ratio": 1 << 10},
+}  # fmt: skip
+
+
+def _sizes(config: ModelConfig) -> Iterator[tuple[str, bool, str]]:
+    """As `_requirements`: every size is a positive number that can be, every real number one that can be computed with."""
+    parts = {"vision_config": config.vision, "language_config": config.language, "projector_config": config.projector}
+    for where, part in parts.items():
+        for key, most in _MOST[where].items():
+            size = getattr(part, key)
+            if size is not None:
+                yield f"{where}.{key}", 0 < size <= most, f"1 up to {most:,}"
+    for key in ("rms_norm_eps", "rope_theta"):
+        yield f"language_config.{key}", 0 < getattr(config.language, key) < math.inf, "a positive number"
 
 
 def _requirements(config: ModelConfig) -> list[tuple[str, bool, str]]:

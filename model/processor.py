@@ -311,14 +311,17 @@ def _check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise UserError(
             f"The tokenizer has ids up to {largest}, but the model's vocab_size is {vocab_size}: "
-            "tokenizer and model do not belong together."
+            "tokenizer and model do not belong together; take the tokenizer.json that the model came with."
         )
 
 
 def _special(tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     if found is None or tokenizer.encode(token, add_special_tokens=False).ids != [found]:
-        raise UserError(f"The tokenizer has no special token {token}: it does not belong to a DeepSeek-VL2 checkpoint.")
+        raise UserError(
+            f"The tokenizer has no special token {token}: it does not belong to a DeepSeek-VL2 checkpoint; take the "
+            "tokenizer.json that the model came with."
+        )
     return int(found)
 
 
