@@ -1,4 +1,4 @@
-"""torch.ops.trtvlm.gqa_attention; every device runs the reference until it has a kernel."""
+"""torch.ops.trtvlm.gqa_attention; CUDA has kernels, other devices and what these do not take run the reference."""
 
 import torch
 from torch import Tensor
@@ -40,6 +40,25 @@ def _(
     return torch.empty_like(q)
 
 
+@gqa_attention.register_kernel("cuda")
+def _on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cursor: Tensor,
+    heads: int,
+    scale: float,
+    rope_theta: float,
+) -> Tensor:
+    from trtvlm.plugins.gqa_attention import device
+
+    if not device.supports(q, k_cache, v_cache, heads, scale):
+        return reference.gqa_attention(q, k, v, k_cache, v_cache, cursor, heads, scale, rope_theta)
+    return device.gqa_attention(q, k, v, k_cache, v_cache, cursor, heads, rope_theta)
+
+
 @torch.library.custom_op("trtvlm::gqa_attention_functional", mutates_args=())
 def gqa_attention_functional(
     q: Tensor,
@@ -70,3 +89,19 @@ def _(
     rope_theta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+@gqa_attention_functional.register_kernel("cuda")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cursor: Tensor,
+    heads: int,
+    scale: float,
+    rope_theta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    caches = k_cache.clone(), v_cache.clone()
+    return _on_cuda(q, k, v, *caches, cursor, heads, scale, rope_theta), *caches

@@ -1,4 +1,4 @@
-"""torch.ops.trtvlm.int4_linear; every device runs the reference until it has a kernel."""
+"""torch.ops.trtvlm.int4_linear; CUDA has kernels, other devices and what these do not take run the reference."""
 
 import torch
 from torch import Tensor
@@ -18,3 +18,11 @@ def _(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tensor | None 
     require(x.shape[-1] == packed.shape[1], f"x has {x.shape[-1]} inputs, the weight {packed.shape[1]}")
     require(scales.shape[0] == 2 * packed.shape[0], "one row of scales an output")
     return x.new_empty(*x.shape[:-1], scales.shape[0])
+
+
+@int4_linear.register_kernel("cuda")
+def _(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tensor | None = None) -> Tensor:
+    from trtvlm.plugins.int4_linear import device
+
+    run = device.int4_linear if device.supports(x, packed, scales) else reference.int4_linear
+    return run(x, packed, scales, pre_quant_scale)

@@ -1,4 +1,6 @@
-"""torch.ops.trtvlm.int4_moe; every device runs the reference until it has a kernel."""
+"""torch.ops.trtvlm.int4_moe; CUDA has kernels, other devices and what these do not take run the reference."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +39,54 @@ def int4_moe(
     Tensors as `reference.Int4MLP` (stacked over experts; `shared_*` one MLP, all or none), numbers as
     `reference.Routing`.
     """
-    experts = Int4MLP(fc, fc_scales, proj, proj_scales, fc_pre, proj_pre)
-    shared = None
+    return reference.int4_moe(
+        *_arguments(
+            x,
+            router_logits,
+            fc,
+            fc_scales,
+            proj,
+            proj_scales,
+            fc_pre,
+            proj_pre,
+            shared_fc,
+            shared_fc_scales,
+            shared_proj,
+            shared_proj_scales,
+            shared_fc_pre,
+            shared_proj_pre,
+            correction_bias,
+            top_k,
+            scoring,
+            normalise,
+            scaling,
+            groups,
+            top_groups,
+        )
+    )
+
+
+@int4_moe.register_kernel("cuda")
+def _(*flat: Any) -> Tensor:
+    from trtvlm.plugins.int4_moe import device
+
+    x, router_logits, experts, routing, shared, correction_bias = _arguments(*flat)
+    run = device.int4_moe if device.supports(x, experts, shared) else reference.int4_moe
+    return run(x, router_logits, experts, routing, shared, correction_bias)
+
+
+Arguments = tuple[Tensor, Tensor, Int4MLP, Routing, Int4MLP | None, Tensor | None]
+
+
+def _arguments(x: Tensor, router_logits: Tensor, *flat: Any) -> Arguments:
+    """The operator's arguments as `reference.int4_moe` takes them."""
+    fc, fc_scales, proj, proj_scales, fc_pre, proj_pre, *rest = flat
+    shared_fc, shared_fc_scales, shared_proj, shared_proj_scales, shared_fc_pre, shared_proj_pre, bias, *numbers = rest
+    experts, shared = Int4MLP(fc, fc_scales, proj, proj_scales, fc_pre, proj_pre), None
     if shared_fc is not None:
-        assert shared_fc_scales is not None
-        assert shared_proj is not None
-        assert shared_proj_scales is not None
         weights = (shared_fc, shared_fc_scales, shared_proj, shared_proj_scales)
         shared = Int4MLP(*weights, shared_fc_pre, shared_proj_pre)
-    routing = Routing(top_k, scoring, normalise, scaling, groups, top_groups)
-    return reference.int4_moe(x, router_logits, experts, routing, shared, correction_bias)
+    return x, router_logits, experts, Routing(*numbers), shared, bias
 
 
 @int4_moe.register_fake

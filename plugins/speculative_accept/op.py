@@ -1,4 +1,6 @@
-"""torch.ops.trtvlm.speculative_accept (and _greedy); every device runs the reference until it has a kernel."""
+"""torch.ops.trtvlm.speculative_accept (and _greedy); CUDA has kernels, other devices and what these do not take run
+the reference.
+"""
 
 import torch
 from torch import Tensor
@@ -34,3 +36,22 @@ def speculative_accept_greedy(draft_tokens: Tensor, target_logits: Tensor) -> tu
 def _(draft_tokens: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
     require(target_logits.shape[0] == draft_tokens.shape[0] + 1, "the target has one row more")
     return draft_tokens.new_empty(()), draft_tokens.new_empty(())
+
+
+@speculative_accept.register_kernel("cuda")
+def _(draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    from trtvlm.plugins.speculative_accept import device
+
+    fits = device.supports(draft_tokens, draft_probs, target_probs)
+    run = device.speculative_accept if fits else reference.speculative_accept
+    return run(draft_tokens, draft_probs, target_probs, uniforms)
+
+
+@speculative_accept_greedy.register_kernel("cuda")
+def _(draft_tokens: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    from trtvlm.plugins.speculative_accept import device
+
+    if device.supports(draft_tokens):
+        return device.speculative_accept_greedy(draft_tokens, target_logits)
+    count, token = reference.speculative_accept_greedy(draft_tokens, target_logits)
+    return count, token.clone()
