@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.check_onnx import difference, widened
+from trtvlm.builder.check_onnx import difference, runner
 from trtvlm.builder.layers import Layers
 from trtvlm.model.attention import MultiHeadLatentAttention, causal_mask
 from trtvlm.model.cache import KVCache, LatentCache
@@ -22,7 +22,6 @@ from trtvlm.plugins.gqa_attention.reference import gqa_attention
 from trtvlm.plugins.int4_moe.module import Int4MoE
 from trtvlm.plugins.int4_moe.reference import Int4MLP, int4_moe
 from trtvlm.plugins.mla_attention.reference import mla_attention
-from trtvlm.plugins.onnx_runner import OnnxRunner
 
 if TYPE_CHECKING:
     import onnx
@@ -99,11 +98,11 @@ class ChainRun:
 
     def engine(self, step: EngineStep, graph: "onnx.ModelProto") -> None:
         """Run a segment's graph."""
-        runner = OnnxRunner(step.name, widened(graph) if self._dtype == torch.float32 else graph)
+        run = runner(step.name, graph, wide=self._dtype == torch.float32)
         for (start, _), inputs, tensors in zip(self._passes, self._inputs(step), self._tensors, strict=True):
             if step.rows == "last" and not start:
                 inputs = {name: value[-1:] for name, value in inputs.items()}
-            outputs = runner(inputs)
+            outputs = run(inputs)
             tensors.update({target: outputs[name] for name, target in step.outputs.items()})
 
     def attention(self, step: OperatorStep, layer: DecoderLayer, config: LanguageConfig) -> None:

@@ -67,7 +67,7 @@ def check_graph(
     del reference
     for kind, limit in (("float32", exact), ("as is", rounded)):
         worst = Difference(0.0, 0.0)
-        run = OnnxRunner(name, widened(model) if kind == "float32" else model)
+        run = runner(name, model, wide=kind == "float32")
         for inputs, widened_inputs, expected in cases:
             results = run(widened_inputs if kind == "float32" else inputs)
             for output, value in zip(run.outputs, expected, strict=True):
@@ -93,27 +93,43 @@ def difference(found: Tensor, expected: Tensor) -> Difference:
     return Difference(error / size if size else error, (a - b).abs().max().item() if a.numel() else 0.0)
 
 
+def runner(name: str, model: "onnx.ModelProto", *, wide: bool) -> OnnxRunner:
+    """Run `model` as it is, or widened. Serialized here, so that a widened graph is gone before the runtime copies it."""
+    return OnnxRunner(name, (widened(model) if wide else model).SerializeToString())
+
+
 def widened(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """The same graph with every float16 tensor, cast and type replaced by float32."""
     import onnx
     from onnx import TensorProto, numpy_helper
 
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
+    def widen(source: onnx.TensorProto, target: onnx.TensorProto) -> None:
+        if source.data_type != TensorProto.FLOAT16:
+            target.CopyFrom(source)
+            return
+        target.name, target.data_type = source.name, TensorProto.FLOAT
+        target.dims.extend(source.dims)
+        target.raw_data = numpy_helper.to_array(source).astype("float32").tobytes()
 
-    def widen(tensor: onnx.TensorProto) -> None:
-        if tensor.data_type == TensorProto.FLOAT16:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
-
-    for initializer in wide.graph.initializer:
-        widen(initializer)
-    for value in (*wide.graph.input, *wide.graph.output, *wide.graph.value_info):
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    # Built up and not overwritten: what a message once held keeps its memory as long as the message lives.
+    wide = onnx.ModelProto(ir_version=model.ir_version)
+    wide.opset_import.extend(model.opset_import)
+    wide.graph.name = model.graph.name
+    for source in model.graph.initializer:
+        widen(source, wide.graph.initializer.add())
+    for field in ("input", "output", "value_info"):
+        values = getattr(wide.graph, field)
+        values.extend(getattr(model.graph, field))
+        for value in values:
+            if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+    wide.graph.node.extend(model.graph.node)
     for node in wide.graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
-                widen(attribute.t)
+                tensor = onnx.TensorProto()
+                widen(attribute.t, tensor)
+                attribute.t.CopyFrom(tensor)
             elif attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT16:
                 attribute.i = TensorProto.FLOAT
     return wide

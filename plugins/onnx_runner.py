@@ -36,6 +36,8 @@ class OnnxRunner:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own kinds; all mean: this graph is not valid
             raise GraphError(f"onnxruntime refuses the graph '{name}': {first_line(error)}.") from error
+        # It keeps what it was made from, to make itself again on another device: a second copy of all weights.
+        self._session._model_bytes = None
         self.name = name
         self.outputs = [value.name for value in self._session.get_outputs()]
 
