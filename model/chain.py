@@ -1,6 +1,7 @@
 """The language model as a chain: TensorRT segments and plugin operators in order, and the tensors that join them.
 
-`language/chain.json` is this, written out: enough for a runtime to allocate every buffer once and wire everything up.
+`language/chain.json` is this, written out: enough for a runtime to allocate every buffer once and wire everything up. Where
+the steps are one engine, it has the names below beside the chain's own.
 """
 
 import json
@@ -9,6 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 VERSION = 1
+
+CURSOR, WANTED = "cursor", "wanted"
+"""Inputs of a whole chain as one graph: where its rows go in the cache int32 [1]; rows whose logits are wanted int32 [n]."""
 
 Size = int | str
 
@@ -90,6 +94,18 @@ class Chain:
         profiles = {name: (sizes[0], sizes[1], sizes[2]) for name, sizes in raw["profiles"].items()}
         return cls(tensors, steps, cache, profiles, raw["input"], raw["hidden"], raw["output"])
 
+    def caches(self) -> Iterator[tuple[str, str, TensorSpec]]:
+        """What attention keeps, in every layer that has some: its input name in a whole graph, its output name, its spec."""
+        for step in self.steps:
+            if isinstance(step, OperatorStep) and step.operator.endswith("attention"):
+                for name, spec in self.cache.items():
+                    yield cache_name(name, step.layer), cache_name(name, step.layer) + ".out", spec
+
     def engines(self) -> Iterator[EngineStep]:
         """The segments, in order."""
         return (step for step in self.steps if isinstance(step, EngineStep))
+
+
+def cache_name(name: str, layer: int) -> str:
+    """The input of a whole graph that is one layer's cache; its output, overwritten in place, has ".out" behind it."""
+    return f"cache.{name}.{layer}"

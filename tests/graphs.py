@@ -20,6 +20,9 @@ from trtvlm.model.config import ModelConfig
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_vision
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
 
+CONTEXT = 300
+"""Positions of the shared directory's caches (the fixture `graphs`)."""
+
 
 def engine_directory(folder: Path, kind: str, max_seq_len: int, draft: str | None = None) -> EngineDir:
     """An engine directory of `tests.tiny`'s model `kind`, and perhaps of another as its draft.

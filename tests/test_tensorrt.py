@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from tests.graphs import engine_directory
+from tests.graphs import CONTEXT
 from trtvlm.builder.build import BuildSettings, build
 from trtvlm.builder.cut import cut_config
 from trtvlm.model.artifacts import EngineDir
@@ -36,13 +36,10 @@ from trtvlm.runtime.tensorrt.segment import Graph, Segment
 from trtvlm.runtime.torch_executor import TorchExecutor
 from trtvlm.scripts.commands.generate import command
 
-CONTEXT = 300
 
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> EngineDir:
-    """Latent attention and experts, with a draft of plain attention and experts."""
-    return engine_directory(tmp_path_factory.mktemp("graphs") / "engine", "mla", CONTEXT, draft="mha")
+@pytest.fixture
+def directory(graphs: EngineDir) -> EngineDir:
+    return graphs
 
 
 def executor(directory: EngineDir) -> ChainExecutor:
@@ -179,15 +176,15 @@ def test_tensors_needed_at_the_same_time_share_no_buffer(model: str) -> None:
     assert layout.kinds[layout.places["logits"]].shape == (8, config.vocab_size)
 
 
-def test_operators_find_their_weights(directory: EngineDir) -> None:
+def test_operators_find_their_weights(directory: EngineDir, tmp_path: Path) -> None:
     chain = Chain.from_json((directory.language / "chain.json").read_text())
     kinds = [step.operator for step in chain.steps if isinstance(step, OperatorStep)]
     assert kinds == ["mla_attention", "mla_attention", "int4_moe", "mla_attention", "int4_moe"]
     steps = tuple(
         dataclasses.replace(step, operator="magic") if isinstance(step, OperatorStep) else step for step in chain.steps
     )
-    broken = EngineDir(directory.path.with_name("magic"))
-    shutil.copytree(directory.path, broken.path, dirs_exist_ok=True)
+    broken = EngineDir(tmp_path / "magic")
+    shutil.copytree(directory.path, broken.path)
     (broken.language / "chain.json").write_text(dataclasses.replace(chain, steps=steps).to_json())
     with pytest.raises(UserError, match="an operator 'magic' that this trtvlm does not know"):
         executor(broken)

@@ -14,12 +14,13 @@ from trtvlm.model.chain import OperatorStep
 from trtvlm.model.config import LanguageConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.rope import rope_table
+from trtvlm.plugins.chain_weights import Weights, int4_experts, routing_of
 from trtvlm.plugins.gqa_attention.boundary import GQABoundary
 from trtvlm.plugins.int4_moe.boundary import MoEBoundary
 from trtvlm.plugins.int4_moe.reference import Int4MLP
 from trtvlm.plugins.mla_attention.boundary import MLABoundary
 from trtvlm.plugins.mla_attention.decode import MLAWeights
-from trtvlm.runtime.tensorrt.operators import Launch, Weights, int4_experts, routing_of, unknown
+from trtvlm.runtime.tensorrt.operators import Launch, unknown
 
 
 @dataclass
