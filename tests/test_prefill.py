@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tiny import tiny_config, tiny_model
-from trtvlm.model.cache import KVCache, LatentCache
+from trtvlm.model.cache import HeadCache, KVCache, LatentCache
 from trtvlm.model.presets import preset
 from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.model.vision import Projector, VisionTower
@@ -25,6 +25,7 @@ from trtvlm.runtime.cuda.prefill import Prefill
 from trtvlm.runtime.cuda.reference import reference_model
 from trtvlm.runtime.cuda.vision import VisionProgram
 from trtvlm.runtime.cuda.weights import LanguageWeights, load_weights
+from trtvlm.scripts import bench_prefill
 
 MODELS = ("nano", "nano-draft")
 
@@ -115,6 +116,37 @@ def test_same_as_the_model(model: str) -> None:
 
 @pytest.mark.usefixtures("launches_on_a_cpu")
 @torch.inference_mode()
+def test_few_rows_are_filled_up_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "BUCKETS", (4, 8))
+    monkeypatch.setattr(subject, "SPAN", 16)
+    captured: list[subject.Step] = []
+
+    def capture(step: subject.Step) -> subject.Step:
+        step()
+        captured.append(step)
+        return step
+
+    _, weights = cut("nano-draft", "cpu")
+    caches = [KVCache(weights.config, 1, 64, torch.half) for _ in range(2)]
+    graphed, plain = Prefill(weights, caches[0], 16, capture), Prefill(weights, caches[1], 16)
+    at = 0
+    # Some of a bucket, one past the largest, some that reach into another span, and one that a full cache has no room to fill up.
+    for rows, graphs in ((3, 1), (5, 2), (2, 2), (4, 2), (12, 2), (7, 3), (20, 4), (8, 5), (2, 5)):
+        ids = torch.randint(weights.config.vocab_size, (rows,), generator=torch.Generator().manual_seed(rows))
+        found, expected = (prefill.run(weights.embedding[ids]) for prefill in (graphed, plain))
+        at += rows
+        assert [cache.length for cache in caches] == [at, at]
+        assert error(found, expected) < 1e-3
+        assert len(captured) == graphs, rows
+    for first, second in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert isinstance(first, HeadCache)
+        assert isinstance(second, HeadCache)
+        assert error(first.k[:, :, :at], second.k[:, :, :at]) < 1e-3
+        assert error(first.v[:, :, :at], second.v[:, :, :at]) < 1e-3
+
+
+@pytest.mark.usefixtures("launches_on_a_cpu")
+@torch.inference_mode()
 def test_what_does_not_fit_is_refused() -> None:
     _, weights = cut("nano-draft", "cpu", 1)
     cache = KVCache(weights.config, 1, 64, torch.half)
@@ -160,6 +192,14 @@ def test_measures_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(heads[0], head) for head in heads[: len(heads) // 2])
     with pytest.raises(ValueError, match="positions"):
         measured.measure_prefill(weights.config, (weights.config.max_position_embeddings + 1,), weights)
+
+
+@pytest.mark.usefixtures("launches_on_a_cpu")
+def test_the_script_compares_prompts_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(language_size("nano-draft"), num_hidden_layers=2)
+    assert all(row["ok"] for row in bench_prefill.check(config, (3, 20), 16, "cpu"))
+    monkeypatch.setattr(subject, "append_heads", lambda *arguments: None)
+    assert not any(row["ok"] for row in bench_prefill.check(config, (3, 20), 16, "cpu"))
 
 
 def test_measures_images() -> None:
@@ -213,7 +253,10 @@ def test_same_as_the_reference_and_decoding_goes_on(model: str) -> None:
         if length + 8 > most:
             continue
         cache.rollback(0)
+        first_time = prefill.run(weights.embedding[ids[:length]])
+        cache.rollback(0)
         last = prefill.run(weights.embedding[ids[:length]])
+        assert torch.equal(last, first_time)
         first = expected.lm_head(expected.model.norm(last)).unsqueeze(0)
         cursor.fill_(length)
         program.launch(ids[length : length + 8].int(), cursor, 8, cache.max_len, logits=True)

@@ -26,6 +26,7 @@ _EXPERTS_AT_ONCE = 4  # runtime/cuda/weights.py repacks so many
 _REPACK_BYTES = 16  # of a weight while INT4 is repacked: codes as int32 twice, words as int64, and the orders of both
 _HEAD_REPACK_BYTES = 16
 _PREFILL_CHUNK = 1024  # rows of a prompt at a time, as runtime/cuda/prefill.py has it
+_GRAPHED_ROWS, _GRAPHED_VIEWS = 256, 4  # runtime/cuda/prefill.py and vision.py
 _TILE = 64  # widths of weights in half are padded to this
 
 
@@ -34,8 +35,8 @@ class Memory:
     """Bytes on the card of one model (target or draft), besides what both share (`SHARED_BYTES`).
 
     weights: the language model's. vision: tower and projector. cache: keys and values. image: the tower's activations.
-    buffers: of decode steps and sampling. prefill: a chunk of a prompt. repacking: while weights are brought over, on top of
-    those before.
+    buffers: of decode steps and sampling, and of graphs. prefill: a chunk of a prompt. repacking: while weights are brought
+    over, on top of those before.
     """
 
     weights: int
@@ -77,7 +78,10 @@ def card_memory(config: ModelConfig, kind: Kind, lm_head: Kind, positions: int, 
         vision=vision,
         cache=cache_bytes(language, positions),
         image=image_bytes(config, views),
-        buffers=buffer_bytes(language, positions, rows),
+        # The graphs of a prompt's last rows and of few views keep what they work in.
+        buffers=buffer_bytes(language, positions, rows)
+        + prefill_bytes(language, min(positions, _GRAPHED_ROWS))
+        + image_bytes(config, min(views, _GRAPHED_VIEWS)),
         prefill=prefill_bytes(language, positions),
         repacking=_repacking(language, kind, found[HEAD].checkpoint_bytes),
     )

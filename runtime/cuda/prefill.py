@@ -6,7 +6,9 @@ between is fused into few launches, nothing is read back to the host, and memory
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +29,58 @@ if TYPE_CHECKING:
 CHUNK = 1024
 """Rows at a time: at 1,024 each of 64 experts has some 96 of them, which fill a block of its product."""
 
+BUCKETS = (16, 32, 64, 128, 192, 256)
+"""So few rows take longer to launch than to compute: they are filled up to one of these, and replayed as a CUDA graph."""
+SPAN = 256
+"""Graphs are captured for caches filled up to a multiple of this."""
+
 # What layers gave that is not in the residual stream yet: in float32 and in half.
 Parts = tuple[Tensor | None, Tensor | None]
+Step = Callable[[], None]
+
+
+class _Capture:
+    """Captures steps as CUDA graphs that share one piece of memory: a replay's results last until the next one."""
+
+    def __init__(self) -> None:
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        step()  # compiles and loads; what it appends is appended again by the replay
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step()
+        return graph.replay
+
+
+@dataclass
+class _Bucket:
+    """A graph of some rows: what it reads, and the residual stream and the parts it leaves."""
+
+    inputs: Tensor
+    out: tuple[Tensor, Parts] | None = None
+    replay: Step | None = None
 
 
 class Prefill:
     """Appends prompts to the caches that a decode program reads (batch 1)."""
 
-    def __init__(self, weights: LanguageWeights, cache: KVCache, chunk: int = CHUNK) -> None:
+    def __init__(
+        self,
+        weights: LanguageWeights,
+        cache: KVCache,
+        chunk: int = CHUNK,
+        capture: Callable[[Step], Step] | None = None,
+    ) -> None:
+        """chunk: rows at a time. capture: makes a replay of a step of few rows; by default a CUDA graph where there is CUDA."""
         if chunk < 1:
             raise ValueError(f"a prompt cannot be computed {chunk} rows at a time")
         self.weights, self.cache, self.chunk = weights, cache, chunk
-        self._cursor = torch.zeros(1, dtype=torch.int32, device=weights.embedding.device)
+        device = weights.embedding.device
+        self._cursor = torch.zeros(1, dtype=torch.int32, device=device)
+        self._capture = capture or (_Capture() if device.type == "cuda" else None)
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     def run(self, embeds: Tensor) -> Tensor:
         """Append embeddings [T, hidden] at the cache's cursor, which moves on -> residual float32 [hidden] of the last row.
@@ -54,20 +96,46 @@ class Prefill:
         return last
 
     def _chunk(self, embeds: Tensor) -> Tensor:
-        start, eps = self.cache.length, self.weights.eps
-        end = start + len(embeds)
+        start, rows, room = self.cache.length, len(embeds), self.cache.max_len
         self._cursor.fill_(start)
+        size = next((size for size in BUCKETS if rows <= size), None)
+        if self._capture is None or size is None or start + size > room:
+            residual, parts = self._layers(embeds, start + rows)
+        else:
+            # The rows past the last are filled with whatever was there; the positions they take are written again later.
+            residual, parts = self._replayed(embeds, size, min(-(-(start + size) // SPAN) * SPAN, room))
+        self.cache.advance(rows)
+        last = residual[rows - 1]
+        for part in parts:
+            if part is not None:
+                last = last + part[rows - 1]
+        return last
+
+    def _replayed(self, embeds: Tensor, size: int, end: int) -> tuple[Tensor, Parts]:
+        """The graph of `size` rows over `end` positions, captured when it is first wanted; results always are a replay's."""
+        if (size, end) not in self._buckets:
+            self._buckets[size, end] = bucket = _Bucket(embeds.new_zeros(size, embeds.shape[1]))
+            assert self._capture is not None
+
+            def step() -> None:
+                bucket.out = self._layers(bucket.inputs, end)
+
+            bucket.replay = self._capture(step)
+        bucket = self._buckets[size, end]
+        bucket.inputs[: len(embeds)] = embeds
+        assert bucket.replay is not None
+        bucket.replay()
+        assert bucket.out is not None
+        return bucket.out
+
+    def _layers(self, embeds: Tensor, end: int) -> tuple[Tensor, Parts]:
+        """All layers of rows at the device's cursor; the cache's first `end` positions hold them and all before them."""
         residual = embeds.to(torch.float32, copy=True).contiguous()
         parts: Parts = (None, None)
         for layer, cache in zip(self.weights.layers, self.cache.layers, strict=False):
             attended = self._attention(layer, cache, residual, parts, end)
-            parts = _mlp(layer, residual, matmul(attended, layer.dense), eps)
-        self.cache.advance(len(embeds))
-        last = residual[-1]
-        for part in parts:
-            if part is not None:
-                last = last + part[-1]
-        return last
+            parts = _mlp(layer, residual, matmul(attended, layer.dense), self.weights.eps)
+        return residual, parts
 
     def _attention(self, layer: LayerWeights, cache: LayerCache, residual: Tensor, parts: Parts, end: int) -> Tensor:
         """Up to the input of the output projection, its pre_quant_scale applied: half [T, heads * v]."""
