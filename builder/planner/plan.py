@@ -8,6 +8,7 @@ from typing import Any
 
 from trtvlm.builder.planner.building import building
 from trtvlm.builder.planner.bytes import step_bytes
+from trtvlm.builder.planner.files import file_bytes
 from trtvlm.builder.planner.fits import CARDS_GIB, MOST_POSITIONS, SHARED_BYTES, Memory, card_memory, needed
 from trtvlm.builder.planner.gpus import GPU, find_gpu
 from trtvlm.builder.planner.parts import Part, parts, total
@@ -61,13 +62,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Model:
-    """The target or the draft. building: bytes on the host by stage of a build. float32_bytes: all its weights so."""
+    """The target or the draft. building: bytes on the host by stage of a build. files: on disk, `file_bytes`.
+
+    float32_bytes: all its weights so.
+    """
 
     name: str
     parts: dict[str, Part]
     total: Part
     memory: Memory
     building: dict[str, int]
+    files: dict[str, int]
     float32_bytes: int
 
 
@@ -192,7 +197,8 @@ def _model(name: str, config: ModelConfig, settings: Settings) -> Model:
     found = parts(config, kind, head)
     whole = total(found.values())
     memory = card_memory(config, kind, head, settings.positions, settings.views, max(WIDTHS))
-    return Model(name, found, whole, memory, building(config, kind, head), 4 * whole.parameters)
+    stages, files = building(config, kind, head), file_bytes(config, kind, head)
+    return Model(name, found, whole, memory, stages, files, 4 * whole.parameters)
 
 
 def _fit(configs: dict[str, ModelConfig], settings: Settings, quant: str, gpu: GPU) -> Fit:

@@ -267,6 +267,13 @@ def _notes(found: Plan, results: BenchResults | None, guessed: bool) -> Iterator
         f"Only int4_awq has kernels: on a GPU, {' and '.join(others)} are run in float32 so far, {_gb(whole)} of weights; their "
         "rows say what would fit as they are stored."
     )
+    files = {
+        key: sum(model.files[key] for model in found.models.values()) for key in next(iter(found.models.values())).files
+    }
+    yield (
+        f"An engine directory takes {_gb(sum(files.values()))} on disk: {_gb(files['checkpoint'] + files['vision'])} of weights, "
+        f"{_gb(files['graphs'])} of graphs and {_gb(files['engines'])} of engines (these two not with --no-compile)."
+    )
     stages = {
         key: max(model.building[key] for model in found.models.values()) for key in ("quantize", "compile", "verify")
     }
