@@ -1,4 +1,4 @@
-# The words for every chore: setup lint types test demo bench nano clean. Each does its own set-up, once.
+# The words for every chore: setup lint types test demo bench nano sanitize clean. Each does its own set-up, once.
 #   make test ARGS="-k session"      what pytest is told besides
 #   make test PYTHON=python3.12 VENV=/tmp/venv
 
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test demo bench nano clean
+.PHONY: help setup lint types test demo bench nano sanitize clean
 
 help:
 	@echo "make setup   a virtual environment in $(VENV) with everything in it"
@@ -27,6 +27,7 @@ help:
 	@echo "make types   mypy"
 	@echo "make bench   the tables of the README: reading, and speculation against plain decoding"
 	@echo "make nano    the bundled pair again, from nothing (wants a GPU)"
+	@echo "make sanitize  compute-sanitizer over the operators' tests (wants a GPU)"
 	@echo "make clean   remove what these make, but the virtual environment"
 
 setup: $(INSTALLED)
@@ -77,6 +78,9 @@ runs/nano/target/model.safetensors: | $(INSTALLED)
 runs/nano/draft/model.safetensors: runs/nano/target/model.safetensors
 	trtvlm draft-train --target runs/nano/target --draft scratch --data pages --output runs/nano/draft \
 		--minutes $(DRAFT_MINUTES) $(if $(wildcard runs/nano/draft.state),--resume)
+
+sanitize: $(INSTALLED)
+	python -m trtvlm.scripts.sanitize $(ARGS)
 
 clean:
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
