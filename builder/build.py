@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trtvlm import __version__
+from trtvlm.builder import flavour
 from trtvlm.builder.awq import Search
 from trtvlm.builder.calibrate import Sample, bundled_samples, prepare, read_samples
 from trtvlm.builder.stream import nbytes
@@ -50,6 +51,7 @@ _PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "tensorrt-rtx",
+    "tensorrt",
     "safetensors",
     "tokenizers",
 )
@@ -125,14 +127,10 @@ def build(
             place = engine if part.role == "target" else EngineDir(folder / "draft")
             report["parts"][part.role] = _quantize(part, place, settings, progress, left / part.role)
         if settings.compile:
-            from trtvlm.builder.engines import build_engines
-
             before = time.monotonic()
-            limits = settings.build
-            report["engines"] = build_engines(
-                folder, sm=limits.sm, max_seq_len=limits.max_seq_len, max_width=limits.max_width,
-                progress=lambda what: progress("engines", what), unfinished=left / "engines",
-            )  # fmt: skip
+            report["engines"] = flavour.build(
+                folder, settings.build, lambda what: progress("engines", what), left / "engines"
+            )
             report["engines_seconds"] = round(time.monotonic() - before, 2)
         # What a draft would read on its own is nobody's concern; how often it agrees is.
         if settings.verify_samples and report["parts"]["target"]["bytes"]["language"] <= READ_AT_MOST:
@@ -149,9 +147,7 @@ def build(
 def plan(model: str, output: Path, settings: BuildSettings, draft: str | None = None) -> list[Part]:
     """Everything that can be refused is refused here, before anything is written. The parts: target, then draft."""
     if settings.compile:
-        from trtvlm.builder.compile import check_sm
-
-        check_sm(settings.build.sm)
+        flavour.check(settings.build.flavour, settings.build.sm)
     check_free(resolved(output), settings.overwrite)
     draft = draft if draft is not None else bundled_draft(model)
     parts = [_part("target", model)]

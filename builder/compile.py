@@ -72,13 +72,13 @@ def compile_onnx(
     """
     check_sm(sm)
     trt = _tensorrt()
-    logger, messages = _collector(trt)
+    logger, messages = collector(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     serialized = model if isinstance(model, bytes) else model.SerializeToString()
     if not parser.parse(serialized):
-        reasons = "; ".join(_describe(parser.get_error(index)) for index in range(parser.num_errors))
+        reasons = "; ".join(describe(parser.get_error(index)) for index in range(parser.num_errors))
         raise GraphError(f"TensorRT-RTX cannot parse the graph '{name}': {reasons or 'no reason given'}.")
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
@@ -87,10 +87,10 @@ def compile_onnx(
     # On by default; it would round the float32 router's inputs to 10 bits, and experts would change.
     config.clear_flag(trt.BuilderFlag.TF32)
     for number, profile in enumerate(profiles):
-        _add_profile(name, number, profile, builder, network, config)
+        add_profile(name, number, profile, builder, network, config)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise GraphError(f"TensorRT-RTX cannot build the graph '{name}' for SM {sm}: {_reason(messages)}.")
+        raise GraphError(f"TensorRT-RTX cannot build the graph '{name}' for SM {sm}: {reason(messages)}.")
     engine = bytes(plan)
     header = read_header(name, engine)
     if header.sms != (sm,):
@@ -113,7 +113,7 @@ def read_header(name: str, engine: bytes) -> PlanHeader:
     return PlanHeader((engine[24], engine[25], engine[26], engine[27]), sms)
 
 
-def _add_profile(name: str, number: int, profile: Profile, builder: Any, network: Any, config: Any) -> None:
+def add_profile(name: str, number: int, profile: Profile, builder: Any, network: Any, config: Any) -> None:
     """Turn ranges of named dimensions into TensorRT's shapes of named inputs."""
     used: set[str] = set()
     shapes = builder.create_optimization_profile()
@@ -154,7 +154,7 @@ def _tensorrt() -> Any:
     return tensorrt_rtx
 
 
-def _collector(trt: Any) -> tuple[Any, list[str]]:
+def collector(trt: Any) -> tuple[Any, list[str]]:
     """A TensorRT logger that keeps error messages instead of printing them, and the list it keeps them in."""
     messages: list[str] = []
 
@@ -169,12 +169,13 @@ def _collector(trt: Any) -> tuple[Any, list[str]]:
     return Collector(), messages
 
 
-def _describe(error: Any) -> str:
+def describe(error: Any) -> str:
+    """What the parser says is wrong, and with which node."""
     where = f"node {error.node()} ({error.node_operator()}): " if error.node_operator() else ""
     return f"{where}{' '.join(error.desc().split())}".rstrip(".")
 
 
-def _reason(messages: Sequence[str]) -> str:
+def reason(messages: Sequence[str]) -> str:
     """The first message that is not about the missing driver, which every failure drags along."""
     telling = [message for message in messages if "CUDA driver" not in message] or list(messages)
     return " ".join(telling[0].split()).rstrip(".") if telling else "no reason given"

@@ -46,6 +46,11 @@ class EngineDir:
         return self.path / "rank0.safetensors"
 
     @property
+    def engine(self) -> Path:
+        """The whole language model as one engine, where it is not a chain of them: TensorRT-LLM's name."""
+        return self.path / "rank0.engine"
+
+    @property
     def vision(self) -> Path:
         """The folder of the vision tower and projector: vision.safetensors, vision.onnx, vision.engine."""
         return self.path / "vision"

@@ -59,7 +59,7 @@ def check_memory(engine: EngineDir, needed: int, device: str) -> None:
     if needed + RESERVE > free:
         raise UserError(
             f"{engine.path} needs about {(needed + RESERVE) / 1e9:.1f} GB of GPU memory, but {device} has "
-            f"{free / 1e9:.1f} GB free: close what else runs there, or build it with a smaller --context."
+            f"{free / 1e9:.1f} GB free: close what else runs there, or build it with a smaller --max-seq-len."
         )
 
 

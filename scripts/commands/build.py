@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 )
 @click.option("--sm", type=int, default=86, show_default=True, help="Compute capability to compile for (86: RTX 3090).")
 @click.option(
+    "--flavour",
+    type=click.Choice(["auto", "tensorrt-rtx", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="Which TensorRT: RTX builds anywhere, a chain of engines; TensorRT on the GPU it is for, one engine with plugins.",
+)
+@click.option(
     "--output", metavar="DIR", type=click.Path(path_type=Path), required=True, help="The new engine directory."
 )
 @click.option("--draft", metavar="MODEL", help="The draft that speculates for it. A bundled model brings its own.")
@@ -91,6 +98,7 @@ def command(
     model: str,
     quant: str,
     sm: int,
+    flavour: str,
     output: Path,
     draft: str | None,
     lm_head: str | None,
@@ -102,7 +110,7 @@ def command(
     """Turn a checkpoint into an engine directory.
 
     Quantizes one decoder layer at a time, exports the vision tower and the language model to ONNX, checks every graph
-    against PyTorch, and compiles engines with TensorRT-RTX. Needs no GPU. A build that is killed goes on after its last
+    against PyTorch, and compiles engines, with TensorRT-RTX without a GPU. A build that is killed goes on after its last
     finished layer; an interrupted one leaves nothing behind.
 
     \b
@@ -112,6 +120,7 @@ def command(
     from rich.console import Console
 
     from trtvlm.builder.build import BuildSettings, build, plan, planned_sizes
+    from trtvlm.builder.flavour import RTX, resolve
     from trtvlm.builder.trtllm_config import BuildConfig
     from trtvlm.model.checkpoint import bundled_draft, resolve_model
     from trtvlm.model.config import ModelConfig
@@ -120,7 +129,10 @@ def command(
     draft = draft if draft is not None else bundled_draft(model)
     folders = [resolve_model(name) for name in (model, draft) if name is not None]
     context = max_seq_len or min(ModelConfig.from_pretrained(f).language.max_position_embeddings for f in folders)
-    limits = BuildConfig(sm=sm, max_seq_len=context, max_draft_len=max_draft_len, engines=rest["compile"])
+    flavour = resolve(flavour, sm) if rest["compile"] else RTX
+    limits = BuildConfig(
+        sm=sm, max_seq_len=context, max_draft_len=max_draft_len, flavour=flavour, engines=rest["compile"]
+    )
     settings = BuildSettings(quant=quant, lm_head=lm_head, build=limits, **rest)
     console = Console(stderr=True)
     if dry_run:
