@@ -105,8 +105,8 @@ def append_latent(
     check(q, torch.half, (rows, heads, width), "the queries")
     check(kv, torch.half, (rows, rank + turned), "latents and key parts")
     if rows:
-        macros = defines(LATENT=1, HEADS=heads, NOPE=width - turned, ROPE=turned, RANK=rank)
-        launch = kernel(f"{FOLDER}/append.cu", "append", macros)
+        macros = defines(HEADS=heads, NOPE=width - turned, ROPE=turned, RANK=rank)
+        launch = kernel(f"{FOLDER}/append_latent.cu", "append_latent", macros)
         launch((rows,), APPEND_THREADS, q, kv, norm, *rope, cursor, latent_cache, rope_cache)
 
 
@@ -123,7 +123,9 @@ def append_heads(qkv: Tensor, heads: int, rope: Rope, cursor: Tensor, key_cache:
     check(qkv, torch.half, (rows, heads + 2 * kv_heads, width), "queries, keys and values")
     check(value_cache, torch.half, (kv_heads, positions, width), "the values' cache")
     if rows:
-        launch = kernel(f"{FOLDER}/append.cu", "append", defines(LATENT=0, HEADS=heads, KV_HEADS=kv_heads, WIDTH=width))
+        launch = kernel(
+            f"{FOLDER}/append_heads.cu", "append_heads", defines(HEADS=heads, KV_HEADS=kv_heads, WIDTH=width)
+        )
         launch((rows,), APPEND_THREADS, qkv, *rope, cursor, key_cache, value_cache, positions)
 
 

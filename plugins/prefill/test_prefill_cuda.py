@@ -8,12 +8,14 @@ from trtvlm.model.config import LanguageConfig
 from trtvlm.model.rope import rope_table
 from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.cuda.compiler import ARCHITECTURES, PLUGINS, SHARED_LIMIT, compile_source
+from trtvlm.plugins.cuda.emulation.emulator import ORDERS, Schedule, compiler, emulated
 from trtvlm.plugins.cuda.launch import defines
 from trtvlm.plugins.int4_moe.reference import Routing
 from trtvlm.plugins.prefill import cuda, reference
 
 MODELS = (*SIZES, "nano", "nano-draft")
 REGISTERS = 65536
+DEVICE, SPAN = "cuda", 700
 
 
 def routing(config: LanguageConfig) -> Routing:
@@ -44,13 +46,13 @@ def test_compiles(model: str, arch: str) -> None:
     compiled("route.cu", dict(macros), arch, cuda.ROUTE_THREADS, cuda.route_shared(hidden))
     if config.use_mla:
         nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        append = defines(LATENT=1, HEADS=heads, NOPE=nope, ROPE=rope, RANK=config.kv_lora_rank or 0)
+        append = defines(HEADS=heads, NOPE=nope, ROPE=rope, RANK=config.kv_lora_rank or 0)
         attend = cuda.attend_macros(heads, heads, nope, rope, value)
     else:
         width, kv_heads = config.head_dim, config.num_key_value_heads
-        append = defines(LATENT=0, HEADS=heads, KV_HEADS=kv_heads, WIDTH=width)
+        append = defines(HEADS=heads, KV_HEADS=kv_heads, WIDTH=width)
         attend = cuda.attend_macros(heads, kv_heads, width, 0, width)
-    compiled("append.cu", dict(append), arch, cuda.APPEND_THREADS, 0)
+    compiled(f"append_{'latent' if config.use_mla else 'heads'}.cu", dict(append), arch, cuda.APPEND_THREADS, 0)
     shared = cuda.attend_shared(config.head_dim, config.value_head_dim)
     compiled("attention.cu", dict(attend), arch, 2 * cuda.ATTEND_THREADS, shared)
 
@@ -81,11 +83,11 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def half(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda").half()
+    return torch.randn(shape, device=DEVICE).half()
 
 
 def near_one(width: int) -> Tensor:
-    return torch.rand(width, device="cuda").add(0.5).half()
+    return torch.rand(width, device=DEVICE).add(0.5).half()
 
 
 @pytest.mark.gpu
@@ -94,10 +96,10 @@ def test_norms_and_routing(model: str) -> None:
     config = language_size(model)
     hidden, number = config.hidden_size, config.n_routed_experts or 0
     weight, scale = near_one(hidden), near_one(hidden)
-    router = torch.randn(number, hidden, device="cuda") * hidden**-0.5
-    bias = 0.1 * torch.randn(number, device="cuda") if model == SIZES[-1] else None
+    router = torch.randn(number, hidden, device=DEVICE) * hidden**-0.5
+    bias = 0.1 * torch.randn(number, device=DEVICE) if model == SIZES[-1] else None
     for rows in (1, 8, 77):
-        residual = torch.randn(rows, hidden, device="cuda")
+        residual = torch.randn(rows, hidden, device=DEVICE)
         for floats, halves in (
             (None, None),
             (torch.randn_like(residual), None),
@@ -126,14 +128,14 @@ def test_norms_and_routing(model: str) -> None:
 def test_appends(model: str) -> None:
     config = language_size(model)
     heads, rows, positions = config.num_attention_heads, 70, 128
-    cursor = torch.tensor([33], dtype=torch.int32, device="cuda")
-    rope = rope_table(config.rope_dim, positions, config.rope_theta, "cuda")
+    cursor = torch.tensor([33], dtype=torch.int32, device=DEVICE)
+    rope = rope_table(config.rope_dim, positions, config.rope_theta, DEVICE)
     runs: list[list[Tensor]] = []
     if config.use_mla:
         rank, turned = config.kv_lora_rank or 0, config.qk_rope_head_dim
         q, kv, norm = half(rows, heads, config.head_dim), half(rows, rank + turned), near_one(rank)
         for module in (cuda, reference):
-            mine, caches = q.clone(), [torch.zeros(positions, width, device="cuda").half() for width in (rank, turned)]
+            mine, caches = q.clone(), [torch.zeros(positions, width, device=DEVICE).half() for width in (rank, turned)]
             module.append_latent(mine, kv, norm, rope, cursor, *caches)
             runs.append([mine, *caches])
     else:
@@ -141,7 +143,7 @@ def test_appends(model: str) -> None:
         qkv = half(rows, heads + 2 * kv_heads, config.head_dim)
         for module in (cuda, reference):
             mine = qkv.clone()
-            caches = [torch.zeros(kv_heads, positions, config.head_dim, device="cuda").half() for _ in range(2)]
+            caches = [torch.zeros(kv_heads, positions, config.head_dim, device=DEVICE).half() for _ in range(2)]
             module.append_heads(mine, heads, rope, cursor, *caches)
             runs.append([mine, *caches])
     for found, expected in zip(*runs, strict=True):
@@ -154,7 +156,7 @@ def test_appends(model: str) -> None:
 def test_attention(model: str) -> None:
     config = language_size(model)
     heads, kv_heads, value = config.num_attention_heads, config.num_key_value_heads, config.value_head_dim
-    span = 700
+    span = SPAN
     q = half(span, heads, config.head_dim)
     scale = near_one(heads * value)
     if config.use_mla:
@@ -163,14 +165,25 @@ def test_attention(model: str) -> None:
         keys = half(heads, span, -(-nope // 64) * 64).transpose(0, 1)[..., :nope]
         shared, values = half(span, config.qk_rope_head_dim), half(span, heads, value)
     else:
-        caches = half(2, kv_heads, 768, value)
+        caches = half(2, kv_heads, span + 68, value)
         keys, values = (cache[:, :span].transpose(0, 1) for cache in caches)
         shared = None
-    whole = cuda.attend(q, keys, shared, values, torch.zeros(1, dtype=torch.int32, device="cuda"), scale)
+    whole = cuda.attend(q, keys, shared, values, torch.zeros(1, dtype=torch.int32, device=DEVICE), scale)
     assert error(whole, reference.attend(q, keys, shared, values, torch.zeros(1, dtype=torch.int32), scale)) < 2e-3
-    for start, rows in ((0, 1), (63, 1), (64, 1), (1, 70), (333, 128), (699, 1)):
+    for start, rows in ((0, 1), (63, 1), (64, 1), (1, 70), (span // 2, span // 3), (span - 1, 1)):
         end = start + rows
-        cursor = torch.tensor([start], dtype=torch.int32, device="cuda")
+        cursor = torch.tensor([start], dtype=torch.int32, device=DEVICE)
         part = None if shared is None else shared[:end]
         found = cuda.attend(q[start:end], keys[:end], part, values[:end], cursor, scale)
         assert torch.equal(found, whole[start:end]), (start, rows)
+
+
+@pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler")
+@pytest.mark.parametrize(("model", "order"), [("nano", "shuffled"), ("nano-draft", "reversed"), ("nano", "forward")])
+def test_emulated(model: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert order in ORDERS
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
+    monkeypatch.setitem(globals(), "SPAN", 130)
+    with emulated(Schedule(order)):
+        for test in (test_norms_and_routing, test_appends, test_attention):
+            test(model)
