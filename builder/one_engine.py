@@ -24,7 +24,7 @@ from trtvlm.builder.layers import FloatLayers, PackedLayers
 from trtvlm.builder.plugin_graph import write_plugin_graph
 from trtvlm.builder.reuse import SegmentExporter
 from trtvlm.model.artifacts import EngineDir
-from trtvlm.model.chain import WANTED, Chain
+from trtvlm.model.chain import WANTED, Chain, cache_positions
 from trtvlm.model.errors import GraphError, UserError
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_vision
 
@@ -114,7 +114,8 @@ def join(
 
     progress(f"{part}: the whole chain against PyTorch")
     found = check_chain(part, chain, graph_of, PackedLayers(reader), FloatLayers(reader))
-    write_plugin_graph(path, chain, reader.config, reader, max_seq_len, lambda step: graph_of(step.name))
+    positions = cache_positions(max_seq_len)
+    write_plugin_graph(path, chain, reader.config, reader, positions, lambda step: graph_of(step.name))
     measures = {"rel_l2": found.rel_l2, "max_abs_diff": found.max_abs, "agreement": round(found.agreement, 4)}
     return chain, measures
 

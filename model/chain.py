@@ -109,3 +109,8 @@ class Chain:
 def cache_name(name: str, layer: int) -> str:
     """The input of a whole graph that is one layer's cache; its output, overwritten in place, has ".out" behind it."""
     return f"cache.{name}.{layer}"
+
+
+def cache_positions(max_seq_len: int) -> int:
+    """Positions of the caches of a whole graph: kernels read them in chunks of up to 64."""
+    return -(-max_seq_len // 64) * 64

@@ -1,6 +1,9 @@
 """The language model as one graph with plugin nodes: run by ONNX's reference, the plugins by theirs over their own inputs."""
 
 import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from torch import Tensor
 
 from tests.graphs import CONTEXT
 from trtvlm.builder.plugin_graph import write_plugin_graph
-from trtvlm.model.artifacts import EngineDir
-from trtvlm.model.chain import CURSOR, WANTED, Chain, EngineStep
+from trtvlm.model.artifacts import EngineDir, write_json
+from trtvlm.model.chain import CURSOR, WANTED, Chain, EngineStep, cache_positions
 from trtvlm.model.errors import UserError
 from trtvlm.plugins.cuda.tiles import _order
 from trtvlm.plugins.gqa_attention.reference import gqa_attention
@@ -27,9 +30,13 @@ from trtvlm.plugins.int4_moe.trt_plugin import Int4MoEPlugin
 from trtvlm.plugins.mla_attention.reference import mla_attention as mla_reference
 from trtvlm.plugins.mla_attention.trt_plugin import MLAAttentionPlugin
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_quantized
+from trtvlm.runtime.tensorrt.executor import ChainExecutor
+from trtvlm.runtime.tensorrt.onnx_segment import OnnxBackend
+from trtvlm.runtime.tensorrt.segment import Graph, Segment
 from trtvlm.runtime.torch_executor import TorchExecutor
 
 THETA = 10_000.0
+POSITIONS = cache_positions(CONTEXT)
 
 
 @pytest.fixture(params=["mla", "mha"])
@@ -44,7 +51,7 @@ def written(directory: EngineDir, tmp_path: Path) -> tuple[Chain, Path]:
     chain = Chain.from_json((directory.language / "chain.json").read_text())
     reader, path = QuantizedReader(directory), tmp_path / "rank0.onnx"
     write_plugin_graph(
-        path, chain, reader.config, reader, CONTEXT, lambda step: onnx.load(directory.language / f"{step.name}.onnx")
+        path, chain, reader.config, reader, POSITIONS, lambda step: onnx.load(directory.language / f"{step.name}.onnx")
     )
     return chain, path
 
@@ -123,7 +130,7 @@ class OneGraph:
         self.chain = chain
         self.session = ReferenceEvaluator(onnx.load(path), new_ops=[MlaAttention, GqaAttention, Int4Moe])
         self.caches = {
-            name: np.zeros([CONTEXT if size == "max_seq_len" else size for size in spec.shape], np.float32)
+            name: np.zeros([POSITIONS if size == "max_seq_len" else size for size in spec.shape], np.float32)
             for name, _, spec in chain.caches()
         }
 
@@ -146,6 +153,58 @@ def test_its_logits_are_the_models(directory: EngineDir, written: tuple[Chain, P
     tokens = [4, 5, 6]
     found = mine(theirs.embed(torch.tensor(tokens)), 20, [0, 1, 2])
     torch.testing.assert_close(found, theirs.decode(tokens), rtol=1e-4, atol=1e-4)
+
+
+class ReferenceBackend:
+    """The graph's reference in the place of rank0.engine; vision is onnxruntime's."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, one: OneGraph) -> None:
+        self.one = one
+        self.runs: list[tuple[int, int, bool]] = []
+
+    def open(self, graphs: Sequence[Graph]) -> list[Segment]:
+        (graph,) = graphs
+        return [_Whole(graph, self)] if graph.name == "rank0" else OnnxBackend().open(graphs)
+
+
+@dataclass
+class _Whole:
+    graph: Graph
+    backend: ReferenceBackend
+
+    def run(self, rows: int, first: int = 0, decode: bool = False) -> None:
+        graph = self.graph
+        self.backend.runs.append((rows, first, decode))
+        feeds = {name: graph.view(name, rows, first, decode).numpy() for name in graph.inputs}
+        found = self.backend.one.session.run(list(graph.outputs), feeds)
+        for buffer, value in zip(graph.outputs.values(), found, strict=True):
+            buffer[: len(value)] = torch.from_numpy(value)
+
+
+def test_the_executor_runs_it_as_one_engine(directory: EngineDir, written: tuple[Chain, Path], tmp_path: Path) -> None:
+    engine = EngineDir(tmp_path / "engine")
+    shutil.copytree(directory.path, engine.path)
+    config = engine.config()
+    config["build_config"]["flavour"] = "tensorrt"
+    write_json(engine.config_file, config)
+    backend = ReferenceBackend(OneGraph(*written))
+    mine, theirs = ChainExecutor(engine, backend, CONTEXT), TorchExecutor(load_quantized(directory.path), CONTEXT)
+    # Rows past the asked ones are appended too, and need room.
+    assert mine.max_length == min(CONTEXT, POSITIONS - 8)
+    tokens = torch.randint(0, 500, (30,), generator=torch.Generator().manual_seed(8))
+    for runner in (mine, theirs):
+        torch.testing.assert_close(runner.embed(tokens), theirs.embed(tokens))
+    torch.testing.assert_close(
+        mine.prefill(mine.embed(tokens)), theirs.prefill(theirs.embed(tokens)), rtol=1e-4, atol=1e-4
+    )
+    for step in ([1, 2, 3], [4]):
+        torch.testing.assert_close(mine.decode(step), theirs.decode(step), rtol=1e-4, atol=1e-4)
+    for runner in (mine, theirs):
+        runner.rollback(31)
+    torch.testing.assert_close(mine.decode([9, 8]), theirs.decode([9, 8]), rtol=1e-4, atol=1e-4)
+    assert backend.runs == [(30, 0, False), (8, 0, True), (8, 0, True), (8, 0, True)]
 
 
 def test_its_nodes_are_what_the_plugins_take(written: tuple[Chain, Path]) -> None:

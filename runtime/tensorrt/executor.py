@@ -8,14 +8,16 @@ import torch
 
 from trtvlm.model.artifacts import EngineDir
 from trtvlm.model.cache import KVCache
-from trtvlm.model.chain import Chain
+from trtvlm.model.chain import Chain, cache_positions
 from trtvlm.model.errors import UserError
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
 from trtvlm.runtime.lane import PREFILL_CHUNK
+from trtvlm.runtime.tensorrt.installed import ONE_ENGINE
 from trtvlm.runtime.tensorrt.operators import Operators, ReferenceOperators
 from trtvlm.runtime.tensorrt.program import ChainProgram
 from trtvlm.runtime.tensorrt.vision import VisionProgram
+from trtvlm.runtime.tensorrt.whole import WholeProgram
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +43,14 @@ class ChainExecutor:
         self.device = backend.device
         language = self.config.language
         chain = read_chain(engine)
+        whole = engine.config()["build_config"].get("flavour") == ONE_ENGINE
         # Kernels read the cache in whole chunks of positions.
-        positions = min(-(-max_length // 64) * 64, language.max_position_embeddings)
-        self.max_length = min(max_length, positions)
+        positions = cache_positions(max_length)
+        if not whole:
+            positions = min(positions, language.max_position_embeddings)
+        # One engine appends every row of its widest step, wanted or not.
+        spare = chain.profiles["decode"][2] if whole else 0
+        self.max_length = min(max_length, positions - spare)
         dtype = getattr(torch, next(iter(chain.cache.values())).dtype)
         self.cache = KVCache(language, 1, positions, dtype, self.device)
         self._cursor = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -56,7 +63,11 @@ class ChainExecutor:
 
             return KernelOperators(reader, self.cache, self._cursor, language)
 
-        self.program = ChainProgram(chain, engine.language, backend, operators, PREFILL_CHUNK)
+        self.program: ChainProgram | WholeProgram
+        if whole:
+            self.program = WholeProgram(chain, engine, backend, reader, self.cache, self._cursor, PREFILL_CHUNK)
+        else:
+            self.program = ChainProgram(chain, engine.language, backend, operators, PREFILL_CHUNK)
         self._vision = VisionProgram(engine, backend, self.program.hidden.dtype)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 

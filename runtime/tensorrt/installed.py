@@ -10,6 +10,9 @@ from trtvlm.model.errors import UserError
 if TYPE_CHECKING:
     import tensorrt as trt
 
+ONE_ENGINE = "tensorrt"
+"""The flavour whose language model is one engine with plugins, rank0.engine."""
+
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 HOW = {"tensorrt-rtx": "pip install tensorrt-rtx", "tensorrt": "install it, or tensorrt-llm, in this environment"}
 

@@ -28,7 +28,7 @@ class OnnxSegment:
 
     def run(self, rows: int, first: int = 0, decode: bool = False) -> None:
         """As `Segment.run`."""
-        found = self._runner({name: buffer[first : first + rows] for name, buffer in self.graph.inputs.items()})
+        found = self._runner({name: self.graph.view(name, rows, first, decode) for name in self.graph.inputs})
         for name, buffer in self.graph.outputs.items():
             buffer[:rows] = found[name]
 

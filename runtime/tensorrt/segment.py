@@ -10,13 +10,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trtvlm.model.chain import WANTED
+
 
 @dataclass(frozen=True)
 class Graph:
     """A graph to open: `folder`/`name`.onnx and .engine, and the buffer of each of its inputs and outputs.
 
-    Dimension 0 of every buffer is the graph's one dynamic dimension (rows, or views), as long as it may get. `decode_rows`:
-    rows of every decode pass, or 0 for a graph that has none (the vision tower).
+    Dimension 0 of a buffer is the graph's dynamic dimension (rows, or views), as long as it may get; `whole` are those that
+    are always taken whole. Of the input `wanted`, a decode takes as many as it has rows, a prefill one. `decode_rows`: rows
+    of every decode pass, or 0 for a graph that has none (the vision tower).
     """
 
     name: str
@@ -24,6 +27,14 @@ class Graph:
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     decode_rows: int = 0
+    whole: frozenset[str] = frozenset()
+
+    def view(self, name: str, rows: int, first: int, decode: bool) -> Tensor:
+        """What a pass takes of an input's buffer."""
+        buffer = self.inputs[name]
+        if name in self.whole:
+            return buffer
+        return buffer[: rows if decode else 1] if name == WANTED else buffer[first : first + rows]
 
 
 class Segment(Protocol):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trtvlm.model.errors import UserError
-from trtvlm.runtime.tensorrt.installed import logger, tensorrt
+from trtvlm.plugins.tensorrt.register import register
+from trtvlm.runtime.tensorrt.installed import ONE_ENGINE, logger, tensorrt
 from trtvlm.runtime.tensorrt.segment import Graph, Segment
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class TensorRTBackend:
         """UserError: that TensorRT is not installed."""
         self.device = torch.device(device)
         self._module = tensorrt(flavour)
+        if flavour == ONE_ENGINE:
+            register()
         self._runtime: trt.Runtime = self._module.Runtime(logger(self._module))
 
     def open(self, graphs: Sequence[Graph]) -> list[Segment]:
@@ -84,7 +87,7 @@ class TensorRTSegment:
             context = self._decode
         else:
             context = self._prefill
-            self._bind(context, rows, first)
+            self._bind(context, rows, first, decode)
         self._check(context.execute_async_v3(stream), "run")
 
     def _prepare(self, stream: int) -> None:
@@ -92,13 +95,13 @@ class TensorRTSegment:
         self._check(self._prefill.set_optimization_profile_async(self._prefill_profile, stream), "choose a profile of")
         if self._decode is not None:
             self._check(self._decode.set_optimization_profile_async(DECODE, stream), "choose a profile of")
-            self._bind(self._decode, self.graph.decode_rows, 0)
+            self._bind(self._decode, self.graph.decode_rows, 0, True)
         torch.cuda.current_stream().synchronize()
         self._ready = True
 
-    def _bind(self, context: trt.IExecutionContext, rows: int, first: int) -> None:
-        for name, buffer in self.graph.inputs.items():
-            view = buffer[first : first + rows]
+    def _bind(self, context: trt.IExecutionContext, rows: int, first: int, decode: bool) -> None:
+        for name in self.graph.inputs:
+            view = self.graph.view(name, rows, first, decode)
             self._check(context.set_input_shape(name, tuple(view.shape)), f"set the shape of '{name}' of")
             self._check(context.set_tensor_address(name, view.data_ptr()), f"bind '{name}' of")
         for name, buffer in self.graph.outputs.items():

@@ -12,7 +12,7 @@ from trtvlm.model.errors import UserError
 from trtvlm.runtime.lane import PREFILL_CHUNK
 from trtvlm.runtime.tensorrt.buffers import plan_buffers
 from trtvlm.runtime.tensorrt.executor import read_chain
-from trtvlm.runtime.tensorrt.installed import MODULES, tensorrt
+from trtvlm.runtime.tensorrt.installed import MODULES, ONE_ENGINE, tensorrt
 
 # CUDA's own context, TensorRT's, and what the segments' contexts keep for themselves.
 RESERVE = 1 << 30
@@ -66,21 +66,25 @@ def check_memory(engine: EngineDir, needed: int, device: str) -> None:
 def needed_bytes(engine: EngineDir) -> int:
     """Bytes one part of a directory takes on the device: engines, the operators' own weights, cache and buffers."""
     chain = read_chain(engine)
-    files = [engine.vision / "vision.engine", *(engine.language / f"{step.name}.engine" for step in chain.engines())]
+    whole = engine.config()["build_config"].get("flavour") == ONE_ENGINE
+    language = [engine.engine] if whole else [engine.language / f"{step.name}.engine" for step in chain.engines()]
+    files = [engine.vision / "vision.engine", *language]
     try:
         engines = sum(path.stat().st_size for path in files)
     except OSError as error:
         raise UserError(f"{error.filename} is missing: build the engine directory again.") from None
     positions = int(engine.config()["build_config"]["max_seq_len"])
     buffers = plan_buffers(chain, PREFILL_CHUNK, chain.profiles["decode"][2]).nbytes
-    return engines + operator_bytes(engine, chain) + cache_bytes(engine, chain, positions) + buffers
+    # An engine with plugins has their weights inside, but for the embedding.
+    names = [name for step in chain.steps if step.kind == "operator" for name in step.weights.values()]
+    beside = tensor_bytes(engine, ["transformer.vocab_embedding.weight"] if whole else names)
+    return engines + beside + cache_bytes(engine, chain, positions) + buffers
 
 
-def operator_bytes(engine: EngineDir, chain: Chain) -> int:
-    """Bytes of the tensors of rank0.safetensors that operators take."""
+def tensor_bytes(engine: EngineDir, names: list[str]) -> int:
+    """Bytes of tensors of rank0.safetensors."""
     from safetensors import SafetensorError, safe_open
 
-    names = [name for step in chain.steps if step.kind == "operator" for name in step.weights.values()]
     try:
         with safe_open(str(engine.weights), framework="pt") as file:
             return sum(_bytes(file.get_slice(name)) for name in names)
