@@ -39,10 +39,11 @@ class RandomCheckpoint(QuantizedWeights):
         key = key if name.endswith(PREQUANT) else name
         generator = torch.Generator(self._device).manual_seed(self._seed * 2**32 + zlib.crc32(key.encode()))
         if dtype == torch.int8:
-            return torch.randint(-128, 128, shape, dtype=torch.int8, device=self._device, generator=generator)
+            codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=self._device, generator=generator)
+            return _centred(codes, f"{name.rpartition('.')[0]}.{SCALES['int4']}" in self.layout)
         if name.endswith(SCALES["int4"]):
-            # Codes -8..7 have a standard deviation of 4.61.
-            spread = 1 / (4.61 * (shape[-1] * GROUP_SIZE) ** 0.5)
+            # Codes -7..7 with twice as many zeros have a standard deviation of 4.18.
+            spread = 1 / (4.18 * (shape[-1] * GROUP_SIZE) ** 0.5)
             return self._uniform(shape, generator, 0.8 * spread, 1.2 * spread).half().float()
         if name.endswith(SCALES["int8"]):
             spread = 1 / (73.9 * self.config.hidden_size**0.5)
@@ -58,3 +59,14 @@ class RandomCheckpoint(QuantizedWeights):
 
     def _uniform(self, shape: tuple[int, ...], generator: torch.Generator, low: float, high: float) -> Tensor:
         return torch.rand(shape, device=self._device, generator=generator) * (high - low) + low
+
+
+def _centred(codes: Tensor, packed: bool) -> Tensor:
+    """The codes, in place, with zeros for -8 (in both halves of a byte), or -127 for -128: of mean zero.
+
+    A mean would be a vector that every row has in common, and after a few layers all rows would choose the same experts.
+    """
+    if not packed:
+        return codes.clamp_(min=-127)
+    codes.bitwise_xor_(((codes & 15) == 8).to(torch.int8) * 8)
+    return codes.bitwise_xor_((codes < -112).to(torch.int8) * -128)

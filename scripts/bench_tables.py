@@ -133,7 +133,7 @@ def _entries(entries: list[Record]) -> Table:
 def _value(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_value(key, part)}" for key, part in value.items())
-    if isinstance(value, int | float) and "bytes" in name:
+    if isinstance(value, int | float) and name == "peak":
         return _size(value)
     return f"{value:,.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else "-" if value is None else f"{value}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import re
@@ -24,6 +25,8 @@ from trtvlm.model.bench_file import check, merged, read_bench, write_bench
 from trtvlm.model.bench_results import BenchResults
 from trtvlm.model.errors import UserError
 from trtvlm.model.sizes import SIZES, language_size
+from trtvlm.plugins.int4_linear.packing import unpack
+from trtvlm.plugins.random_checkpoint import RandomCheckpoint
 from trtvlm.plugins.speculative_accept.state import INPUTS, LIMIT, STATE_SIZE, TARGET_CURSOR
 from trtvlm.runtime.cuda import measure_start
 from trtvlm.runtime.cuda.child import lines_of
@@ -39,6 +42,7 @@ from trtvlm.runtime.cuda.measure_baselines import (
 from trtvlm.runtime.cuda.measure_decode import Bench, Step, measure_step
 from trtvlm.runtime.cuda.measure_memory import Ledger, check_cap, parse_size
 from trtvlm.runtime.cuda.measure_operators import STACK, kernel_bytes, measure_operators
+from trtvlm.runtime.cuda.reference import reference_model
 from trtvlm.scripts.bench_plot import OTHER, plot, stacks
 from trtvlm.scripts.bench_tables import show
 from trtvlm.scripts.cli import cli
@@ -184,6 +188,29 @@ def test_a_kernel_of_all_layers_moves_what_the_others_would() -> None:
     times = {"head": (50.0, 1), STACK: (700.0, 1), "embed": (1.0, 1)}
     found = measure_operators(lambda: None, torch.zeros(1), torch.zeros(1), bytes_of, lambda *_: times)
     assert sum(kernel["bytes"] for kernel in found.values()) == pytest.approx(sum(bytes_of.values()), abs=3)
+
+
+def test_rows_of_random_weights_stay_apart_and_so_do_their_experts() -> None:
+    config = dataclasses.replace(
+        language_size(SMALL), num_hidden_layers=7, hidden_size=1024, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=128, moe_intermediate_size=64, intermediate_size=512, n_routed_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = reference_model(RandomCheckpoint(config, device="cpu"), "cpu")
+    with torch.no_grad():
+        last = model.hidden_states(model.model.embed_tokens(torch.arange(8).unsqueeze(1)))[:, -1]
+    cosines = torch.nn.functional.cosine_similarity(last.unsqueeze(0), last.unsqueeze(1), dim=-1)
+    assert float((cosines - torch.eye(8)).abs().max()) < 0.4
+
+
+@pytest.mark.parametrize("lm_head", ["int8", "int4"])
+def test_random_codes_have_no_mean(lm_head: Any) -> None:
+    checkpoint = RandomCheckpoint(tiny_config("mla").language, "int4", lm_head, device="cpu")
+    codes = unpack(checkpoint.get("transformer.layers.1.mlp.fc.weight"))
+    assert set(codes.unique().tolist()) == set(range(-7, 8))
+    assert abs(float(codes.float().mean())) < 0.05
+    head = checkpoint.get("lm_head.weight")
+    values = unpack(head) if lm_head == "int4" else head
+    assert int(values.min()) == -int(values.max()) == (-7 if lm_head == "int4" else -127)
 
 
 # Memory

@@ -16,8 +16,9 @@ from trtvlm.runtime.cuda.measure import copy_gbps
 from trtvlm.runtime.cuda.measure_decode import Bench, measure_speculation
 from trtvlm.runtime.cuda.measure_memory import Ledger, check_cap, limit_allocator
 from trtvlm.runtime.cuda.measured_model import MeasuredModel
-from trtvlm.runtime.cuda.prefill import Prefill  # type: ignore[import-not-found, unused-ignore]
+from trtvlm.runtime.cuda.prefill import Prefill
 from trtvlm.runtime.cuda.speculation import Speculation
+from trtvlm.runtime.cuda.vision import VisionProgram
 from trtvlm.runtime.cuda.weights import load_weights
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
 
@@ -50,17 +51,17 @@ def measure_capped(
     models, visions = [], []
     for subject, whose in ((target, ""), (draft, " of the draft")):
         say(f"weights of {subject.name}")
-        checkpoint = subject.checkpoint(lm_head)
         with ledger.part(f"weights{whose}"):
-            weights = load_weights(checkpoint)
+            weights = load_weights(subject.checkpoint(lm_head))
         with ledger.part(f"cache and step buffers{whose}"):
-            models.append(MeasuredModel.over(weights, checkpoint.lm_head, MAX_DECODE_WIDTH))
+            models.append(MeasuredModel.over(weights, MAX_DECODE_WIDTH))
         with ledger.part(f"vision{whose}"):
-            visions.append(vision_part(subject))
+            part = vision_part(subject)
+            visions.append((part, VisionProgram(part.vision, part.projector, "cuda")))
     for subject, vision in zip((target, draft), visions, strict=True):
         say(f"an image of {VIEWS} views for {subject.name}")
         with ledger.part("kept after an image"):
-            read_image(vision, subject.config())
+            read_image(*vision, subject.config())
     for subject, model in zip((target, draft), models, strict=True):
         say(f"a prompt of {model.cache.max_len} tokens for {subject.name}")
         with ledger.part("kept after a prompt"):
@@ -72,7 +73,7 @@ def measure_capped(
         found, replay = measure_speculation(speculation, drafted, Bench(positions - SPARE, STEPS))
     sentence = check_cap(ledger, cap)
     entry = ledger.to_dict() | {"cap": cap, "draft": draft.name, "positions": positions, "views": VIEWS, "step": found}
-    del replay, speculation, models, visions, model, weights, vision
+    del replay, speculation, models, visions, model, weights, vision, part
     ledger.device.release()
     torch.cuda.set_per_process_memory_fraction(1.0)
     return entry, sentence, copy_gbps()
@@ -91,11 +92,11 @@ def vision_part(subject: Subject) -> DeepseekVL2:
     return model
 
 
-def read_image(vision: DeepseekVL2, config: ModelConfig) -> None:
+def read_image(part: DeepseekVL2, views: VisionProgram, config: ModelConfig) -> None:
     """An overview and SIDE x SIDE tiles of noise, as the executor reads an image."""
     size = config.tile_size
-    pixels = torch.randn(VIEWS, 3, size, size, dtype=torch.half, device="cuda")
-    vision.image_embeds(vision.encode_views(pixels), (SIDE, SIDE))
+    pixels = torch.randn(VIEWS, 3, size, size)
+    part.image_embeds(views.encode(pixels), (SIDE, SIDE))
 
 
 def read_prompt(model: MeasuredModel, length: int) -> None:

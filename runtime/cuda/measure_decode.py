@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,9 +89,3 @@ def measure_speculation(speculation: Speculation, drafted: int, bench: Bench) ->
     vocab, span = speculation.target.weights.config.vocab_size, bench.span(drafted + 1)
     spread, replay = measure_step(lambda: speculation.step(drafted, span), speculation.state, vocab, 1, bench)
     return {"drafted": drafted, "ms": spread.to_dict()}, replay
-
-
-def fill_cache(caches: Sequence[Tensor], seed: int = 0) -> None:
-    """Random keys, values and latents: what is attended to must be finite, and not all the same."""
-    for number, cache in enumerate(caches):
-        cache.normal_(generator=torch.Generator(cache.device).manual_seed(seed + number))

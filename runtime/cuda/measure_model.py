@@ -26,7 +26,8 @@ from trtvlm.runtime.engine import check_pair
 
 if TYPE_CHECKING:
     from trtvlm.model.config import ModelConfig
-    from trtvlm.runtime.cuda.weights import Checkpoint
+    from trtvlm.plugins.quantized_checkpoint import Kind
+    from trtvlm.runtime.cuda.weights import Checkpoint, LanguageWeights
 
 LENGTHS = (256, 1024, 4096)
 TILES = tuple(range(1, 11))
@@ -90,30 +91,37 @@ def measure_model(
     copy = copy_gbps()
     ledger.device.release()
     torch.cuda.reset_peak_memory_stats()
+    say(f"weights of {target.name}")
+    checkpoint = target.checkpoint(wanted.lm_head)
+    with ledger.part("weights"):
+        weights = load_weights(checkpoint)
     if {"decode", "speculation"} & set(wanted.parts):
-        entry |= _steps(target, draft, wanted, ledger, say)
+        entry |= _steps(weights, checkpoint.lm_head, draft, wanted, ledger, say)
         entry["memory"] = ledger.to_dict()
-    gc.collect()
+    gc.collect()  # what steps held, their graphs among it
     ledger.device.release()
-    entry |= _before_decoding(target.config(), wanted.parts, say)
+    entry |= _before_decoding(weights, target.config(), wanted.parts, say)
     return entry, copy
 
 
-def _steps(target: Subject, draft: Subject | None, wanted: Wanted, ledger: Ledger, say: Say) -> Record:
+def _steps(
+    weights: LanguageWeights, lm_head: Kind, draft: Subject | None, wanted: Wanted, ledger: Ledger, say: Say
+) -> Record:
     """Decode steps of every width, and whole speculative steps."""
     entry: Record = {}
-    model = _load(target, wanted, ledger, "", say)
-    config = model.weights.config
+    rows_at_most, config = max(*wanted.widths, wanted.drafted + 1), weights.config
+    with ledger.part("cache and step buffers"):
+        model = MeasuredModel.over(weights, rows_at_most)
     kept = []
     if "decode" in wanted.parts:
         entry["steps"] = []
         for rows in wanted.widths:
-            say(f"steps of {rows} rows")
-            step = Step(model.program, rows, wanted.bench.span(rows), model.weights.embedding.device)
+            say(f"steps of width {rows}")
+            step = Step(model.program, rows, wanted.bench.span(rows), weights.embedding.device)
             with ledger.part("graphs and kernels"):
                 spread, replay = measure_step(step, step.state, config.vocab_size, rows, wanted.bench)
             kept.append(replay)  # or its graph would be gone, and its memory with it
-            bytes_of = kernel_bytes(config, model.lm_head, rows, wanted.bench.context)  # type: ignore[arg-type]
+            bytes_of = kernel_bytes(config, lm_head, rows, wanted.bench.context)
             states = wanted.bench.states(config.vocab_size, rows, step.state.device)
             entry["steps"].append({
                 "rows": rows, "ms": spread.to_dict(), "bytes": round(sum(bytes_of.values())),
@@ -122,7 +130,11 @@ def _steps(target: Subject, draft: Subject | None, wanted: Wanted, ledger: Ledge
                 or measure_operators(step, step.state, states, bytes_of),
             })  # fmt: skip
     if draft is not None and "speculation" in wanted.parts:
-        other = _load(draft, wanted, ledger, " of the draft", say)
+        say(f"weights of {draft.name}")
+        with ledger.part("weights of the draft"):
+            others = load_weights(draft.checkpoint(wanted.lm_head))
+        with ledger.part("cache and step buffers of the draft"):
+            other = MeasuredModel.over(others, rows_at_most)
         say(f"speculative steps of {wanted.drafted} drafted tokens")
         with ledger.part("graphs and kernels"):
             speculation = Speculation(model.program, other.program)
@@ -132,29 +144,18 @@ def _steps(target: Subject, draft: Subject | None, wanted: Wanted, ledger: Ledge
     return entry
 
 
-def _load(subject: Subject, wanted: Wanted, ledger: Ledger, whose: str, say: Say) -> MeasuredModel:
-    say(f"weights of {subject.name}")
-    checkpoint = subject.checkpoint(wanted.lm_head)
-    with ledger.part(f"weights{whose}"):
-        weights = load_weights(checkpoint)
-    rows = max(*wanted.widths, wanted.drafted + 1)
-    with ledger.part(f"cache and step buffers{whose}"):
-        return MeasuredModel.over(weights, checkpoint.lm_head, rows)
-
-
-def _before_decoding(config: ModelConfig, parts: Sequence[str], say: Say) -> Record:
-    """Prompts and images; both bring weights of their own."""
+def _before_decoding(weights: LanguageWeights, config: ModelConfig, parts: Sequence[str], say: Say) -> Record:
+    """Prompts, and images through a tower of random weights."""
     entry: Record = {}
     if {"prefill", "vision"} & set(parts):
-        from trtvlm.runtime.cuda.measure_prefill import (  # type: ignore[import-not-found, unused-ignore]
-            measure_prefill,
-            measure_vision,
-        )
+        from trtvlm.runtime.cuda.measure_prefill import measure_prefill, measure_vision
 
         if "prefill" in parts:
             say("prompts")
             most = config.language.max_position_embeddings
-            entry["prefill"] = measure_prefill(config.language, [length for length in LENGTHS if length <= most])
+            entry["prefill"] = measure_prefill(
+                config.language, [length for length in LENGTHS if length <= most], weights
+            )
         if "vision" in parts:
             say("images")
             entry["vision"] = measure_vision(config.vision, config.projector, list(TILES))

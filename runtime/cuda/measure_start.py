@@ -51,12 +51,13 @@ def _random(name: str, stages: _Stages) -> None:
     from trtvlm.model.sizes import language_size
     from trtvlm.plugins.random_checkpoint import RandomCheckpoint
     from trtvlm.runtime.cuda.measured_model import MeasuredModel
+    from trtvlm.runtime.cuda.weights import load_weights
 
     config = language_size(name)
     stages.done("imports")
     torch.zeros(1, device="cuda")
     stages.done("CUDA")
-    model = MeasuredModel.load(RandomCheckpoint(config), rows=1)
+    model = MeasuredModel.over(load_weights(RandomCheckpoint(config)), rows=1)
     torch.cuda.synchronize()
     stages.done("weights")
     tokens, cursor = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))

@@ -1,4 +1,4 @@
-"""A language model to measure: weights from a checkpoint or from random numbers, a cache, and its decode program."""
+"""A language model to measure: weights that are there already, a cache of random contents, and its decode program."""
 
 from __future__ import annotations
 
@@ -9,37 +9,31 @@ import torch
 
 from trtvlm.model.cache import KVCache, LatentCache
 from trtvlm.runtime.cuda.decode import DecodeProgram
-from trtvlm.runtime.cuda.measure_decode import fill_cache
-from trtvlm.runtime.cuda.weights import Checkpoint, LanguageWeights, load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from trtvlm.runtime.cuda.weights import LanguageWeights
 
 POSITIONS = 4096
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """Weights, a cache of random contents, and the program over them; lm_head says how the head is stored."""
+    """Weights, cache and the program over them."""
 
     weights: LanguageWeights
     cache: KVCache
     program: DecodeProgram
-    lm_head: str
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, rows: int, positions: int = POSITIONS) -> MeasuredModel:
-        """On the current GPU, for steps of up to `rows` rows. UserError: what the kernels do not run."""
-        return cls.over(load_weights(checkpoint), checkpoint.lm_head, rows, positions)
-
-    @classmethod
-    def over(cls, weights: LanguageWeights, lm_head: str, rows: int, positions: int = POSITIONS) -> MeasuredModel:
-        """With weights that are there already."""
-        config = weights.config
-        device = weights.embedding.device
+    def over(cls, weights: LanguageWeights, rows: int, positions: int = POSITIONS) -> MeasuredModel:
+        """For steps of up to `rows` rows. What is attended to must be finite, and not all the same."""
+        config, device = weights.config, weights.embedding.device
         cache = KVCache(config, 1, min(positions, config.max_position_embeddings), torch.half, device)
-        fill_cache(cache_tensors(cache))
-        return cls(weights, cache, DecodeProgram(weights, cache, rows), lm_head)
+        for number, tensor in enumerate(cache_tensors(cache)):
+            tensor.normal_(generator=torch.Generator(device).manual_seed(number))
+        return cls(weights, cache, DecodeProgram(weights, cache, rows))
 
 
 def cache_tensors(cache: KVCache) -> list[Tensor]:
