@@ -114,7 +114,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     }
     if (NORMALISED) {
         const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
-        normalise_slice<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
+        normalise_rows<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
                                               a.square_sums + row0 * (INPUTS / 16), a.norm, a.pre_quant_scale, rows, a.eps);
         __syncwarp();
     }

@@ -63,11 +63,12 @@ DEVICE float reciprocal_rms(const float* square_sums, int rows, float eps) {
 
 // Writes this warp's slice of half(x * rms * weight * scale) to its own shared memory, row r at r * Slice::STRIDE.
 // residual [rows][INPUTS], square_sums [rows][INPUTS / 16]; the caller waits with __syncwarp.
-template <int INPUTS, int WARPS, bool SCALED>
+// LOADS: how many a lane has under way at once; 4 are a row's whole slice up to 4,096 inputs on 8 warps.
+template <int INPUTS, int WARPS, bool SCALED, int LOADS>
 DEVICE void normalise_slice(u16* to, const float* residual, const float* square_sums, const u16* weight,
                             const u16* pre_quant_scale, int rows, float eps) {
     using Part = Slice<INPUTS, WARPS>;
-    constexpr int CHUNK = 4;  // loads under way at once: one row's whole slice up to 2,048 inputs
+    constexpr int CHUNK = LOADS;
     float4 value[CHUNK];
     uint2 factor[CHUNK], scale[CHUNK];
     const int slots = rows * Part::STEPS, quad = lane_id() & 15;  // a slot is one group of one row: 16 lanes of 4 inputs
@@ -108,4 +109,12 @@ DEVICE void normalise_slice(u16* to, const float* residual, const float* square_
         }
         load(base + 2 * CHUNK);
     }
+}
+
+// The same with as many loads under way as the rows are worth.
+template <int INPUTS, int WARPS, bool SCALED>
+DEVICE void normalise_rows(u16* to, const float* residual, const float* square_sums, const u16* weight,
+                           const u16* pre_quant_scale, int rows, float eps) {
+    if (rows <= 2) normalise_slice<INPUTS, WARPS, SCALED, 1>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
+    else normalise_slice<INPUTS, WARPS, SCALED, 4>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
 }

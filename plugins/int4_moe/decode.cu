@@ -14,7 +14,9 @@ constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 
 constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
 
 constexpr int ROUTE_WARPS = 8;
-constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTE_WARPS - 1) / ROUTE_WARPS;
+constexpr int ROUTER_PARTS = 2, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
+constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTER_EXPERTS - 1) / ROUTER_EXPERTS;
+constexpr int INPUT_QUADS = 64, INPUT_BLOCKS = (QUADS + INPUT_QUADS - 1) / INPUT_QUADS;  // of the experts' inputs
 static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 
 // ---- the shared expert's first half -----------------------------------------------------------------------------
@@ -29,7 +31,7 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
                       const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
                       int rows) {
     constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
-    const int first = (blockIdx.x - ROUTER_BLOCKS) * SHARED_PAIRS;
+    const int first = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * SHARED_PAIRS;
     auto tile_of = [&](int r) {
         const int item = smaller(first + r % SHARED_PAIRS, SHARED_TILES - 1);
         return r < SHARED_PAIRS ? item : SHARED_TILES + item;
@@ -45,7 +47,7 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load(step);
     u16* x = reinterpret_cast<u16*>(own);
-    normalise_slice<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
+    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
     __syncwarp();
     const bool present = (lane_id() >> 2) < rows;
     float sum[TILES][4] = {};
@@ -81,7 +83,8 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
 constexpr int SHARED_BLOCKS = 0;
 #endif
 
-// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router and write the experts' input; the others are the shared expert's.
+// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
+// the shared expert's.
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
           const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
@@ -91,90 +94,105 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
     residual += size_t(row0) * HIDDEN;
     square_sums += row0 * (HIDDEN / 16);
 #if SHARED
-    if (blockIdx.x >= ROUTER_BLOCKS) {
+    if (blockIdx.x >= ROUTER_BLOCKS + INPUT_BLOCKS) {
         shared_up(reinterpret_cast<char*>(shared) + warp_id() * bytes, bytes, residual, square_sums, norm, eps, shared_scale,
                   shared_codes, shared_scales, shared_next, shared_out + size_t(row0) * SHARED, rows);
         return;
     }
 #endif
-    const int expert = blockIdx.x * ROUTE_WARPS + warp_id();
-    if (expert < EXPERTS) {
-        RouterRow row;
-        row.load(router, norm, expert);
-        row.multiply(residual, square_sums, eps, logits + row0 * EXPERTS, expert, rows);
-    }
-
-    // The experts' input, this block's share of every row's quads.
-    constexpr int SHARE = (QUADS + ROUTER_BLOCKS - 1) / ROUTER_BLOCKS;
-    const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
-    for (int base = warp_id() * 32; base < rows * SHARE; base += 32 * ROUTE_WARPS) {  // whole warps, for the shuffle
-        const int at = base + lane_id(), row = smaller(at / SHARE, rows - 1), quad = blockIdx.x * SHARE + at % SHARE;
-        const float r = __shfl_sync(ALL, rms, 4 * row);
-        if (at < rows * SHARE && quad < QUADS) {
-            reinterpret_cast<uint2*>(inputs + size_t(row0 + row) * HIDDEN)[quad] =
-                normalised_quad(residual + size_t(row) * HIDDEN, norm, EXPERT_SCALED ? expert_scale : nullptr, quad, r);
+    if (blockIdx.x >= ROUTER_BLOCKS) {
+        const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
+        for (int base = warp_id() * 32; base < rows * INPUT_QUADS; base += 32 * ROUTE_WARPS) {  // whole warps, for the shuffle
+            const int row = (base + lane_id()) / INPUT_QUADS;
+            const int quad = (blockIdx.x - ROUTER_BLOCKS) * INPUT_QUADS + (base + lane_id()) % INPUT_QUADS;
+            const float r = __shfl_sync(ALL, rms, 4 * row);
+            if (quad < QUADS)
+                reinterpret_cast<uint2*>(inputs + size_t(row0 + row) * HIDDEN)[quad] =
+                    normalised_quad(residual + size_t(row) * HIDDEN, norm, EXPERT_SCALED ? expert_scale : nullptr, quad, r);
         }
+        return;
     }
+    __shared__ float sums[COLUMNS][ROUTE_WARPS];
+    const int expert = blockIdx.x * ROUTER_EXPERTS + warp_id() / ROUTER_PARTS;
+    if (expert < EXPERTS) {
+        RouterRow<ROUTER_PARTS> held;
+        held.load(router, norm, expert, warp_id() % ROUTER_PARTS);
+        held.multiply(residual, square_sums, eps, rows, [&](int row, float sum) { sums[row][warp_id()] = sum; });
+    }
+    __syncthreads();
+    const int row = threadIdx.x / ROUTER_EXPERTS, mine = threadIdx.x % ROUTER_EXPERTS;
+    if (row < rows && blockIdx.x * ROUTER_EXPERTS + mine < EXPERTS)
+        logits[(row0 + row) * EXPERTS + blockIdx.x * ROUTER_EXPERTS + mine] =
+            sum_partials<ROUTER_PARTS>(&sums[row][mine * ROUTER_PARTS], 1);
 }
 
 // ---- experts ------------------------------------------------------------------------------------------------------
 
-constexpr int UP_WARPS = 8;
+constexpr int UP_WARPS = 4;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
+// Blocks a multiprocessor has room for: with wide experts more of them, that one turn of an H200 is enough for one row.
+constexpr int UP_BLOCKS = EXPERT_TILES * TOP_K > 528 ? 5 : 4;
 
-DEVICE Activation load_direct(const u16* row, int group, bool present) {
-    Activation out = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-    if (present) {
-        const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
-        out.first = at[0];
-        out.second = at[1];
-    }
-    return out;
+// What a row that takes no part gives is never used, so it is any row that is there.
+DEVICE Activation load_direct(const u16* row, int group) {
+    const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
+    return Activation{at[0], at[1]};
 }
 
-// Block (tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. The first block
-// of each tile of rows writes the work list and the experts' weights [rows, TOP_K] for experts_down.
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 2)
+// One block: the work list and the experts' weights [rows, TOP_K] for experts_down.
+DEVICE void tell(const float* logits, const float* bias, float* weights, int* work, int (*chosen)[TOP_K], Entry* entries,
+                 int* counts, int rows) {
+    for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+    __syncthreads();
+    const int count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+    if (threadIdx.x == 0) work[0] = count;
+    for (int i = threadIdx.x; i < count; i += 32 * UP_WARPS) {
+        work[WORK_EXPERT + i] = entries[i].expert;
+        work[WORK_ROWS + i] = int(entries[i].rows);
+        work[WORK_SLOTS + i] = int(entries[i].slots);
+    }
+    for (int row = warp_id(); row < rows; row += UP_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
+}
+
+// Block (1 + tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. Block (0, 0)
+// of each tile of rows tells what there is to do.
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
                const u32* scales, const u16* next_scale, u16* hidden, int all_rows) {
     __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
     __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
     __shared__ Entry entries[MOST_ENTRIES];
-    constexpr int DEPTH = smaller(Up::STEPS, 4), GROUPS = Up::GROUPS;
+    constexpr int DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3), GROUPS = Up::GROUPS;
     static_assert(EXPERTS <= 32 * UP_WARPS, "a thread an expert");
-    const int entry = blockIdx.y, tile = blockIdx.x, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    const int entry = blockIdx.y, tile = blockIdx.x - 1, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     logits += row0 * EXPERTS;
-    for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row]);
-    __syncthreads();
-    const int count = list_work<UP_WARPS>(chosen, rows, entries, counts);
-    if (blockIdx.x == 0 && blockIdx.y == 0) {
-        work += blockIdx.z * WORK_SIZE;
-        if (threadIdx.x == 0) work[0] = count;
-        for (int i = threadIdx.x; i < count; i += 32 * UP_WARPS) {
-            work[WORK_EXPERT + i] = entries[i].expert;
-            work[WORK_ROWS + i] = int(entries[i].rows);
-            work[WORK_SLOTS + i] = int(entries[i].slots);
-        }
-        for (int row = warp_id(); row < rows; row += UP_WARPS)
-            weigh_experts(logits + row * EXPERTS, chosen[row], weights + (row0 + row) * TOP_K);
+    if (blockIdx.x == 0) {
+        if (entry == 0) tell(logits, bias, weights + row0 * TOP_K, work + blockIdx.z * WORK_SIZE, chosen, entries, counts, rows);
+        return;
+    }
+    int count = TOP_K, expert;
+    if (all_rows == 1) {
+        // Every warp finds its block's expert for itself, and waits for nobody.
+        expert = choose_experts(logits, bias, nullptr, entry + 1);
+    } else {
+        for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+        __syncthreads();
+        count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+        expert = entries[smaller(entry, MOST_ENTRIES - 1)].expert;
     }
     if (entry >= count) return;
-    const int expert = entries[entry].expert;
-    const u32 mask = entries[entry].rows, slots = entries[entry].slots;
     const size_t first = size_t(expert) * 2 * EXPERT_TILES;
     codes += (first + tile) * GROUPS * 32;
     scales += (first + tile) * GROUPS * 8;
     Int4Weight weight[DEPTH][2];
     Activation x[DEPTH];
-    const int g = lane_id() >> 2;
-    const bool present = mask >> g & 1;
-    const u16* row = inputs + size_t(row0 + g) * HIDDEN;
+    const u16* row = inputs + size_t(row0 + smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
     auto load = [&](int step) {
         if (Up::has(step)) {
             weight[step % DEPTH][0].load(codes, scales, Up::group(step));
             weight[step % DEPTH][1].load(codes, scales, EXPERT_TILES * GROUPS + Up::group(step));
-            x[step % DEPTH] = load_direct(row, Up::group(step), present);
+            x[step % DEPTH] = load_direct(row, Up::group(step));
         }
     };
 #pragma unroll
@@ -191,8 +209,9 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 2)
     store_partial(partials[warp_id()], sum[0], COLUMNS);
     store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
     __syncthreads();
-    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
-    if (threadIdx.x >= COLUMNS * TILE_ROWS || !(mask >> column & 1)) return;
+    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
+    const u32 mask = all_rows == 1 ? 1 : entries[entry].rows, slots = all_rows == 1 ? entry : entries[entry].slots;
+    if (!(mask >> column & 1)) return;
     const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
     const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
     const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);
@@ -202,82 +221,103 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 2)
     hidden[(size_t(row0 + column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
 }
 
-constexpr int DOWN_WARPS = 8;
-constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
+constexpr int DOWN_WARPS = 16;
+constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, HALF_GROUPS = (DOWN_GROUPS + 1) / 2;
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
+constexpr int INPUTS_AHEAD = smaller(HALF_GROUPS, 3);  // groups of activations under way
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
+static_assert(MOST_ENTRIES <= 64, "two entries a lane");
 
-// The whole of K in one warp, in order: nothing decides a result but its own row.
-DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row, bool present) {
-    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
-    Int4Weight weight[DEPTH];
-    Activation x[DEPTH];
-#pragma unroll
-    for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
-#pragma unroll
-    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step, present);
-#pragma unroll
-    for (int step = 0; step < DOWN_GROUPS; ++step) {
-        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
-        if (step + DEPTH < DOWN_GROUPS) {
-            weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
-            x[step % DEPTH] = load_direct(row, step + DEPTH, present);
-        }
-    }
-}
-
-// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
-// or a part of the shared expert.
+// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. A warp takes half the inputs of an expert, or of
+// a part of the shared expert, at a time, with all weights under way at once; what it has used makes room for the same piece
+// of what it takes next.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
                  int all_rows) {
-    __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
+    __shared__ float routed[COLUMNS][TOP_K][2][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][2][COLUMNS][TILE_ROWS];
     constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
     const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     work += blockIdx.y * WORK_SIZE;
-    const int g = lane_id() >> 2, column = 2 * (lane_id() & 3);
+    const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
     const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+
+    // The whole list, an entry or two a lane; what lies past the count is not used.
+    const int count = work[0];
+    Entry held[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int at = smaller(32 * i + lane_id(), MOST_ENTRIES - 1);
+        held[i] = Entry{work[WORK_EXPERT + at], u32(work[WORK_ROWS + at]), u32(work[WORK_SLOTS + at])};
+    }
     float before = 0.f;
     if (threadIdx.x < OUTPUTS && out_row < rows) before = residual[size_t(row0 + out_row) * HIDDEN + output];
 
-    // Asked for at once: how much there is, and this warp's first entry (what lies past the count is not used).
-    const int count = work[0], units = SHARED_PARTS + count;
-    const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
-    int expert = work[WORK_EXPERT + mine];
-    u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
-    for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        if (unit < SHARED_PARTS) {
-            const u16* row = shared_hidden + size_t(row0 + g) * SHARED + unit * WIDTH;
-            constexpr int GROUPS = SHARED / TILE_INPUTS;
-            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS, row, g < rows);
+    struct Item {  // number 2n + 1 is the second half of what 2n is the first half of; the shared expert comes first
+        int number;
+        Entry entry;
+        int first;  // of its weight tiles
+    };
+    const int items = 2 * (SHARED_PARTS + count);
+    auto item_at = [&](int number) {
+        const int first = number % 2 * HALF_GROUPS, place = number / 2 - SHARED_PARTS;
+        Item item = {number, {0, 0, 0}, tile * (SHARED / TILE_INPUTS) + number / 2 * DOWN_GROUPS + first};
+        if (place >= 0 && number < items) {
+            const Entry& from = place < 32 ? held[0] : held[1];
+            item.entry = Entry{__shfl_sync(ALL, from.expert, place & 31), __shfl_sync(ALL, from.rows, place & 31),
+                               __shfl_sync(ALL, from.slots, place & 31)};
+            item.first = (item.entry.expert * TILES + tile) * DOWN_GROUPS + first;
+        }
+        return item;
+    };
+    auto has = [&](const Item& item, int piece) { return DOWN_GROUPS % 2 == 0 || piece < DOWN_GROUPS - item.number % 2 * HALF_GROUPS; };
+    Int4Weight weight[HALF_GROUPS];
+    auto load = [&](const Item& item, int piece) {
+        const bool of_shared = item.number < 2 * SHARED_PARTS;
+        if (item.number < items && has(item, piece))
+            weight[piece].load(of_shared ? shared_codes : codes, of_shared ? shared_scales : scales, item.first + piece);
+    };
+    Item now = item_at(warp_id());
 #pragma unroll
-            for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
-            continue;
+    for (int piece = 0; piece < HALF_GROUPS; ++piece) load(now, piece);
+    while (now.number < items) {
+        const bool is_shared = now.number < 2 * SHARED_PARTS;
+        const u32 mask = now.entry.rows, slots = now.entry.slots;
+        const u16* row = is_shared ? shared_hidden + size_t(row0 + in_row) * SHARED + now.number / 2 * WIDTH
+                                   : hidden + (size_t(row0 + in_row) * TOP_K + (slots >> (4 * in_row) & 15)) * WIDTH;
+        row += now.number % 2 * HALF_GROUPS * TILE_INPUTS;
+        Activation x[INPUTS_AHEAD];
+#pragma unroll
+        for (int piece = 0; piece < INPUTS_AHEAD; ++piece) if (has(now, piece)) x[piece] = load_direct(row, piece);
+        const Item next = item_at(now.number + DOWN_WARPS);
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int piece = 0; piece < HALF_GROUPS; ++piece) {
+            if (!has(now, piece)) continue;
+            weight[piece].multiply(sum, x[piece % INPUTS_AHEAD]);
+            load(next, piece);
+            if (piece + INPUTS_AHEAD < HALF_GROUPS && has(now, piece + INPUTS_AHEAD))
+                x[piece % INPUTS_AHEAD] = load_direct(row, piece + INPUTS_AHEAD);
         }
-        const int entry = unit - SHARED_PARTS;
-        if (entry != mine) {
-            expert = work[WORK_EXPERT + entry];
-            mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
-        }
-        const u16* row = hidden + (size_t(row0 + g) * TOP_K + (slots >> (4 * g) & 15)) * WIDTH;
-        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, row, mask >> g & 1);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = column + (i & 1);
-            if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
+            const int c = column + (i & 1), at = g + 8 * (i >> 1);
+            if (is_shared) shared_sum[now.number / 2][now.number % 2][c][at] = sum[i];
+            else if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][now.number % 2][at] = sum[i];
         }
+        now = next;
     }
     __syncthreads();
     if (threadIdx.x >= OUTPUTS) return;
     float y = 0.f;
     if (out_row < rows) {
-        const float* weight = weights + (row0 + out_row) * TOP_K;
+        const float* weight_of = weights + (row0 + out_row) * TOP_K;
+        const int at = threadIdx.x & 15;
 #pragma unroll
-        for (int slot = 0; slot < TOP_K; ++slot) y += weight[slot] * routed[out_row][slot][threadIdx.x & 15];
+        for (int slot = 0; slot < TOP_K; ++slot)
+            y += weight_of[slot] * (routed[out_row][slot][0][at] + routed[out_row][slot][1][at]);
 #pragma unroll
-        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][0][out_row][at] + shared_sum[part][1][out_row][at];
         y += before;
     }
     float square = y * y;

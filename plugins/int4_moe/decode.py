@@ -12,7 +12,8 @@ from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 8, 8
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 16
+_ROUTER_EXPERTS, _INPUT_VALUES = 4, 256
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorks
     experts, hidden = weights.router.shape
     shared_tiles = weights.shared_width // 16
     pairs = 2 if shared_tiles >= 128 else 1
-    grid = (-(-experts // _ROUTE_WARPS) + -(-shared_tiles // pairs), -(-rows // COLUMNS))
+    blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + -(-shared_tiles // pairs)
+    grid = (blocks, -(-rows // COLUMNS))
     fc, proj = weights.shared_fc, weights.shared_proj
     shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2 * pairs, normalised=True)
     kernel(SOURCE, "route", weights.macros)(
@@ -134,7 +136,7 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
     kernel(SOURCE, "experts_up", weights.macros)(
-        (weights.width // 16, entries, -(-rows // COLUMNS)), 32 * _UP_WARPS, workspace.inputs, workspace.logits,
+        (1 + weights.width // 16, entries, -(-rows // COLUMNS)), 32 * _UP_WARPS, workspace.inputs, workspace.logits,
         weights.correction_bias, workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales,
         weights.proj.pre_quant_scale, workspace.hidden, rows,
     )  # fmt: skip

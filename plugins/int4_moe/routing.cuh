@@ -5,51 +5,55 @@
 
 constexpr int MOST_ENTRIES = COLUMNS * TOP_K < EXPERTS ? COLUMNS * TOP_K : EXPERTS;
 constexpr int QUADS = HIDDEN / 4;                  // float4 of a row
-constexpr int LANE_QUADS = (QUADS + 31) / 32;      // of them, a lane's
 constexpr int LANE_EXPERTS = (EXPERTS + 31) / 32;  // logits a lane holds
 constexpr u32 ALL = 0xffffffffu;
 constexpr float NONE = -3.0e38f;
 static_assert(EXPERTS <= 128 && TOP_K <= 15 && HIDDEN % 64 == 0, "sizes the kernels were written for");
 
-// One warp, one expert.
+// One of PARTS warps that share an expert's inputs.
+template <int PARTS>
 struct RouterRow {
-    float4 weight[LANE_QUADS];
+    static constexpr int HELD = (QUADS + 32 * PARTS - 1) / (32 * PARTS);
+    float4 weight[HELD];
+    int part;
+
+    DEVICE int quad_of(int i) const { return (i * PARTS + part) * 32 + lane_id(); }
 
     // The expert's weights, multiplied by the norm's.
-    DEVICE void load(const float* router, const u16* norm, int expert) {
+    DEVICE void load(const float* router, const u16* norm, int expert, int which) {
+        part = which;
         const float4* weights = reinterpret_cast<const float4*>(router + size_t(expert) * HIDDEN);
-        const uint2* factors = reinterpret_cast<const uint2*>(norm);
+        uint2 factor[HELD];
 #pragma unroll
-        for (int i = 0; i < LANE_QUADS; ++i) {
-            const int quad = i * 32 + lane_id();
-            weight[i] = quad < QUADS ? weights[quad] : float4{0.f, 0.f, 0.f, 0.f};
+        for (int i = 0; i < HELD; ++i) {
+            const bool there = quad_of(i) < QUADS;
+            weight[i] = there ? weights[quad_of(i)] : float4{0.f, 0.f, 0.f, 0.f};
+            factor[i] = there ? reinterpret_cast<const uint2*>(norm)[quad_of(i)] : uint2{0, 0};
         }
 #pragma unroll
-        for (int i = 0; i < LANE_QUADS; ++i) {
-            const int quad = i * 32 + lane_id();
-            const uint2 factor = quad < QUADS ? factors[quad] : uint2{0, 0};
-            weight[i].x *= low_half(factor.x), weight[i].y *= high_half(factor.x);
-            weight[i].z *= low_half(factor.y), weight[i].w *= high_half(factor.y);
+        for (int i = 0; i < HELD; ++i) {
+            weight[i].x *= low_half(factor[i].x), weight[i].y *= high_half(factor[i].x);
+            weight[i].z *= low_half(factor[i].y), weight[i].w *= high_half(factor[i].y);
         }
     }
 
-    // logits float [rows, EXPERTS] of the residual stream.
-    DEVICE void multiply(const float* residual, const float* square_sums, float eps, float* logits, int expert, int rows) const {
+    // This part of the logit of each row's residual stream, to `store(row, sum)` in one lane.
+    template <class Store>
+    DEVICE void multiply(const float* residual, const float* square_sums, float eps, int rows, Store store) const {
         const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
 #pragma unroll 2
         for (int row = 0; row < rows; ++row) {
             const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
             float sum = 0.f;
 #pragma unroll
-            for (int i = 0; i < LANE_QUADS; ++i) {
-                const int quad = i * 32 + lane_id();
-                if (quad < QUADS) {
-                    const float4 value = x[quad];
+            for (int i = 0; i < HELD; ++i) {
+                if (quad_of(i) < QUADS) {
+                    const float4 value = x[quad_of(i)];
                     sum += value.x * weight[i].x + value.y * weight[i].y + value.z * weight[i].z + value.w * weight[i].w;
                 }
             }
             sum = warp_sum(sum) * __shfl_sync(ALL, rms, 4 * row);
-            if (lane_id() == 0) logits[row * EXPERTS + expert] = sum;
+            if (lane_id() == 0) store(row, sum);
         }
     }
 };
@@ -79,8 +83,9 @@ DEVICE u32 warp_largest(u32 value) {
     return out;
 }
 
-// One warp, one row: its experts in order of their score, the lower index of equals first.
-DEVICE void choose_experts(const float* logits, const float* bias, int* chosen) {
+// One warp, one row: its first `count` experts in order of their score, the lower index of equals first, to `chosen` (unless it
+// is null); the last of them.
+DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, int count = TOP_K) {
     u32 key[LANE_EXPERTS];
 #pragma unroll
     for (int i = 0; i < LANE_EXPERTS; ++i) {
@@ -92,13 +97,12 @@ DEVICE void choose_experts(const float* logits, const float* bias, int* chosen) 
             key[i] = sortable((SIGMOID ? 1.f / (1.f + expf(-logit)) : logit) + (BIASED ? bias[expert] : 0.f));
         }
     }
-#pragma unroll
-    for (int slot = 0; slot < TOP_K; ++slot) {
+    int expert = EXPERTS;
+    for (int slot = 0; slot < count; ++slot) {
         u32 best = key[0];
 #pragma unroll
         for (int i = 1; i < LANE_EXPERTS; ++i) best = key[i] > best ? key[i] : best;
         best = warp_largest(best);
-        int expert = EXPERTS;
 #pragma unroll
         for (int i = LANE_EXPERTS - 1; i >= 0; --i) {
             const u32 holders = __ballot_sync(ALL, key[i] == best);
@@ -107,8 +111,9 @@ DEVICE void choose_experts(const float* logits, const float* bias, int* chosen) 
 #pragma unroll
         for (int i = 0; i < LANE_EXPERTS; ++i)
             if (i * 32 + lane_id() == expert) key[i] = 0;
-        if (lane_id() == 0) chosen[slot] = expert;
+        if (chosen && lane_id() == 0) chosen[slot] = expert;
     }
+    return expert;
 }
 
 // One warp, one row: the weights of its chosen experts.

@@ -1,6 +1,6 @@
 // Absorbed latent attention for 1 to 16 new rows in three launches: absorb (which also appends to the caches), attend over
 // chunks of positions, combine with the value half. Positions are cut in chunks from 0 on, whatever the rows.
-// Macros: HEADS, NOPE, ROPE, VALUE, RANK.
+// Macros: HEADS, NOPE, ROPE, VALUE, RANK; COMBINE_TILES: tiles of 16 values a block of `combine` takes.
 #include "attention.cuh"
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
@@ -17,21 +17,24 @@ static_assert(RANK % 64 == 0 && ROPE % 16 == 0 && VALUE % 16 == 0, "sizes the ke
 constexpr int ABSORB_WARPS = 4;
 constexpr int ABSORB_BLOCKS = (HEADS * RANK_TILES + ABSORB_WARPS - 1) / ABSORB_WARPS;
 
-// A row: its rotated query parts to `queries`, its latent and rotated key part to the caches. A latent without `norm` is
-// normalised already.
-DEVICE void append(const u16* q, const u16* latent, const u16* k_pe, const u16* norm, const float* cosines,
-                   const float* sines, int position, u16* queries, u16* latent_cache, u16* rope_cache) {
-    constexpr int THREADS = 32 * ABSORB_WARPS, PAIRS = ROPE / 2;
+constexpr int HEAD_PAIRS = (HEADS + 1) * (ROPE / 2), PAIRS_EACH = 2;  // of values to rotate; a thread's
+constexpr int APPEND_BLOCKS = 1 + (HEAD_PAIRS + 32 * ABSORB_WARPS * PAIRS_EACH - 1) / (32 * ABSORB_WARPS * PAIRS_EACH);  // a row
+
+// A row's latent to the cache; without `norm` it is normalised already.
+DEVICE void append_latent(const u16* latent, const u16* norm, u16* latent_cache) {
+    constexpr int THREADS = 32 * ABSORB_WARPS;
     __shared__ float sums[ABSORB_WARPS];
     constexpr int EACH = (RANK / 2 + THREADS - 1) / THREADS;  // pairs of latent values a thread
-    u32 value[EACH];
+    u32 value[EACH], factor[EACH];
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const int pair = i * THREADS + threadIdx.x;
         value[i] = pair < RANK / 2 ? reinterpret_cast<const u32*>(latent)[pair] : 0;
-        sum += low_half(value[i]) * low_half(value[i]) + high_half(value[i]) * high_half(value[i]);
+        factor[i] = norm && pair < RANK / 2 ? reinterpret_cast<const u32*>(norm)[pair] : 0;
     }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) sum += low_half(value[i]) * low_half(value[i]) + high_half(value[i]) * high_half(value[i]);
     sum = warp_sum(sum);
     if (lane_id() == 0) sums[warp_id()] = sum;
     __syncthreads();
@@ -43,30 +46,42 @@ DEVICE void append(const u16* q, const u16* latent, const u16* k_pe, const u16* 
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const int pair = i * THREADS + threadIdx.x;
-        if (pair < RANK / 2) {
-            if (norm) {
-                const u32 factor = reinterpret_cast<const u32*>(norm)[pair];
-                value[i] = floats_to_halves(low_half(value[i]) * rms * low_half(factor),
-                                            high_half(value[i]) * rms * high_half(factor));
-            }
-            reinterpret_cast<u32*>(latent_cache + size_t(position) * RANK)[pair] = value[i];
-        }
-    }
-    cosines += position * PAIRS;
-    sines += position * PAIRS;
-    // Head HEADS stands for the key.
-    for (int index = threadIdx.x; index < (HEADS + 1) * PAIRS; index += THREADS) {
-        const int head = index / PAIRS, pair = index % PAIRS;
-        const u16* from = head < HEADS ? q + head * HEAD + NOPE : k_pe;
-        u16* to = head < HEADS ? queries + head * KEY + RANK : rope_cache + size_t(position) * ROPE;
-        const u32 both = reinterpret_cast<const u32*>(from)[pair];
-        const float x = low_half(both), y = high_half(both), c = cosines[pair], s = sines[pair];
-        to[pair] = float_to_half(x * c - y * s);
-        to[pair + PAIRS] = float_to_half(y * c + x * s);
+        if (norm)
+            value[i] = floats_to_halves(low_half(value[i]) * rms * low_half(factor[i]),
+                                        high_half(value[i]) * rms * high_half(factor[i]));
+        if (pair < RANK / 2) reinterpret_cast<u32*>(latent_cache)[pair] = value[i];
     }
 }
 
-// Blocks 0 .. ABSORB_BLOCKS - 1: a warp a tile of 16 latent values of one head. The 8 after them: a row each.
+// Part `part` of a row's rotations: of the queries to `queries`, of the key to the cache.
+DEVICE void rotate_part(const u16* q, const u16* k_pe, const float* cosines, const float* sines, u16* queries, u16* rope_cache,
+                        int part) {
+    constexpr int PAIRS = ROPE / 2, THREADS = 32 * ABSORB_WARPS;
+    u32 both[PAIRS_EACH];
+    float c[PAIRS_EACH], s[PAIRS_EACH];
+    // Head HEADS stands for the key.
+#pragma unroll
+    for (int i = 0; i < PAIRS_EACH; ++i) {
+        const int index = (part * PAIRS_EACH + i) * THREADS + threadIdx.x, head = index / PAIRS, pair = index % PAIRS;
+        if (index < HEAD_PAIRS) {
+            both[i] = reinterpret_cast<const u32*>(head < HEADS ? q + head * HEAD + NOPE : k_pe)[pair];
+            c[i] = cosines[pair], s[i] = sines[pair];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS_EACH; ++i) {
+        const int index = (part * PAIRS_EACH + i) * THREADS + threadIdx.x, head = index / PAIRS, pair = index % PAIRS;
+        if (index < HEAD_PAIRS) {
+            u16* to = head < HEADS ? queries + head * KEY + RANK : rope_cache;
+            const float x = low_half(both[i]), y = high_half(both[i]);
+            to[pair] = float_to_half(x * c[i] - y * s[i]);
+            to[pair + PAIRS] = float_to_half(y * c[i] + x * s[i]);
+        }
+    }
+}
+
+// Blocks 0 .. ABSORB_BLOCKS - 1: a warp a tile of 16 latent values of one head. After them, of each of 8 rows: one for
+// its latent, the others for its rotations.
 // q half [rows, HEADS * HEAD], latent half [rows, RANK] and k_pe half [rows, ROPE], their rows a stride apart, keys half tiles
 // [HEADS, RANK / 16, NOPE_GROUPS], tables float [positions, ROPE / 2], queries half [rows, HEADS, KEY].
 extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
@@ -75,11 +90,15 @@ extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
            u16* rope_cache, int all_rows) {
     const int row0 = blockIdx.y * COLUMNS, rows = less_of(COLUMNS, all_rows - row0);
     if (blockIdx.x >= ABSORB_BLOCKS) {
-        const int row = blockIdx.x - ABSORB_BLOCKS;
-        if (row < rows)
-            append(q + size_t(row0 + row) * HEADS * HEAD, latent + size_t(row0 + row) * latent_stride,
-                   k_pe + size_t(row0 + row) * k_pe_stride, norm, cosines, sines, *cursor + row0 + row,
-                   queries + size_t(row0 + row) * HEADS * KEY, latent_cache, rope_cache);
+        const int row = (blockIdx.x - ABSORB_BLOCKS) / APPEND_BLOCKS, part = (blockIdx.x - ABSORB_BLOCKS) % APPEND_BLOCKS;
+        if (row >= rows) return;
+        const int position = *cursor + row0 + row;
+        if (part == 0)
+            append_latent(latent + size_t(row0 + row) * latent_stride, norm, latent_cache + size_t(position) * RANK);
+        else
+            rotate_part(q + size_t(row0 + row) * HEADS * HEAD, k_pe + size_t(row0 + row) * k_pe_stride,
+                        cosines + position * (ROPE / 2), sines + position * (ROPE / 2),
+                        queries + size_t(row0 + row) * HEADS * KEY, rope_cache + size_t(position) * ROPE, part - 1);
         return;
     }
     const int unit = blockIdx.x * ABSORB_WARPS + warp_id();
@@ -103,12 +122,13 @@ extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
 // ---- attend -------------------------------------------------------------------------------------------------------
 
 constexpr int CHUNK = 32;  // positions
-constexpr int ATTEND_WARPS = 8, ATTEND_THREADS = 32 * ATTEND_WARPS;
+constexpr int ATTEND_WARPS = 16, ATTEND_THREADS = 32 * ATTEND_WARPS;
 constexpr int KEY_STRIDE = KEY + ROW_PAD;  // an odd number of 16 bytes: reads of 8 rows meet no bank twice
-constexpr int KEY_STEPS = KEY / 16, FIRST_STEPS = (KEY_STEPS + 1) / 2;
+constexpr int SCORE_PARTS = 4, KEY_STEPS = KEY / 16, PART_STEPS = (KEY_STEPS + SCORE_PARTS - 1) / SCORE_PARTS;
 constexpr int SCORE_STRIDE = CHUNK + 4, WEIGHT_STRIDE = CHUNK + ROW_PAD;
 constexpr int SCORE_TILES = CHUNK / 8;
-static_assert(ATTEND_WARPS == 2 * SCORE_TILES, "two warps share the inputs of a tile of scores");
+static_assert(ATTEND_WARPS == SCORE_PARTS * SCORE_TILES, "four warps share the inputs of a tile of scores");
+static_assert(ATTEND_WARPS == 16 && ROPE <= 256, "a warp a head; a lane a piece");
 static_assert(KEY_STRIDE / 8 % 2 == 1, "padding");
 
 // Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs float [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
@@ -126,24 +146,28 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]
     u16* mine = keys + CHUNK * KEY_STRIDE;              // [16][KEY_STRIDE]
     u16* weights = mine + 16 * KEY_STRIDE;              // [16][WEIGHT_STRIDE]
-    float* scores = reinterpret_cast<float*>(weights + 16 * WEIGHT_STRIDE);  // [2][16][SCORE_STRIDE]
+    float* scores = reinterpret_cast<float*>(weights + 16 * WEIGHT_STRIDE);  // [SCORE_PARTS][16][SCORE_STRIDE]
 
     const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
     // Loads need not wait for the cursor: what lies further on in the caches is finite, and gets no weight.
     const int seen = *cursor + row + 1;  // positions this row sees
 
-    constexpr int LATENT_PIECES = RANK / 8, KEY_PIECES = KEY / 8;  // of 16 bytes
-    for (int index = threadIdx.x; index < CHUNK * KEY_PIECES; index += ATTEND_THREADS) {
-        const int at = index / KEY_PIECES, piece = index % KEY_PIECES, position = first + at;
-        const u16* from = piece < LATENT_PIECES ? latent_cache + size_t(position) * RANK + piece * 8
-                                                : rope_cache + size_t(position) * ROPE + (piece - LATENT_PIECES) * 8;
-        copy_async(keys + at * KEY_STRIDE + piece * 8, from);
+    // A warp a position at a time, then a head; pieces of 16 bytes.
+#pragma unroll
+    for (int i = 0; i < CHUNK / ATTEND_WARPS; ++i) {
+        const int at = warp_id() + i * ATTEND_WARPS;
+        const size_t position = first + at;
+        u16* to = keys + at * KEY_STRIDE;
+#pragma unroll
+        for (int piece = lane_id(); piece < RANK / 8; piece += 32) copy_async(to + piece * 8, latent_cache + position * RANK + piece * 8);
+        if (lane_id() < ROPE / 8) copy_async(to + RANK + lane_id() * 8, rope_cache + position * ROPE + lane_id() * 8);
     }
-    for (int index = threadIdx.x; index < 16 * KEY_PIECES; index += ATTEND_THREADS) {
-        const int head = index / KEY_PIECES, piece = index % KEY_PIECES;
-        const bool there = head0 + head < HEADS;
-        const u16* from = queries + (size_t(row) * HEADS + (there ? head0 + head : 0)) * KEY + piece * 8;
-        copy_async(mine + head * KEY_STRIDE + piece * 8, from, there ? 16 : 0);
+    {
+        const int head = head0 + warp_id();
+        const u16* from = queries + (size_t(row) * HEADS + less_of(head, HEADS - 1)) * KEY;
+#pragma unroll
+        for (int piece = lane_id(); piece < KEY / 8; piece += 32)
+            copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
     }
     copy_commit();
     copy_wait<0>();
@@ -155,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
         const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
         float score[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int i = 0; i < FIRST_STEPS; ++i) {
-            const int step = part * FIRST_STEPS + i;
+        for (int i = 0; i < PART_STEPS; ++i) {
+            const int step = part * PART_STEPS + i;
             if (step < KEY_STEPS) {
                 u32 a[4], b0, b1;
                 load_a(a, mine + step * 16, KEY_STRIDE);
@@ -172,11 +196,13 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     }
     __syncthreads();
 
-    // A warp a head, a lane a position.
+    {  // a warp a head, a lane a position
+        const int head = warp_id();
+        const float* at = scores + head * SCORE_STRIDE + lane_id();
+        float score = at[0];
 #pragma unroll
-    for (int i = 0; i < 16 / ATTEND_WARPS; ++i) {
-        const int head = warp_id() * (16 / ATTEND_WARPS) + i, at = head * SCORE_STRIDE + lane_id();
-        const float score = first + lane_id() < seen ? (scores[at] + scores[16 * SCORE_STRIDE + at]) * scale : MINUS_INFINITY;
+        for (int part = 1; part < SCORE_PARTS; ++part) score += at[part * 16 * SCORE_STRIDE];
+        score = first + lane_id() < seen ? score * scale : MINUS_INFINITY;
         const float peak = warp_max(score);
         const u16 weight = float_to_half(exp2f(score - peak));
         const float sum = warp_sum(half_to_float(weight));
@@ -207,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
 
 constexpr int COMBINE_WARPS = 8;
 constexpr int VALUE_TILES = VALUE / TILE_ROWS;
-constexpr int COMBINE_TILES = VALUE_TILES % 2 ? 1 : 2;  // tiles a block
+// Merging is most of the work, and every block of a head does it: few tiles a block (COMBINE_TILES) while there are few rows.
 constexpr int COMBINE_PARTS = VALUE_TILES / COMBINE_TILES;
 constexpr int MOST_CHUNKS = 128;
 using Mixed = Slice<RANK, COMBINE_WARPS>;

@@ -17,7 +17,9 @@ from trtvlm.plugins.int4_linear.decode import COLUMNS, check_rows
 SOURCE = "mla_attention/decode.cu"
 CHUNK = 32
 MOST_POSITIONS = 128 * CHUNK
-_ABSORB_WARPS, _ATTEND_WARPS, _COMBINE_WARPS = 4, 8, 8
+_ABSORB_WARPS, _ATTEND_WARPS, _COMBINE_WARPS = 4, 16, 8
+_SCORE_PARTS = 4
+_PAIRS = 2 * 32 * _ABSORB_WARPS
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,13 @@ def mla_decode(
     check_rows(rows)
     w = weights
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
-    macros = defines(HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank)
+    combine_tiles = tiles_of_values(w.value, rows)
+    macros = defines(
+        HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank, COMBINE_TILES=combine_tiles
+    )  # fmt: skip
     tiles = -(-rows // COLUMNS)
-    absorb_blocks = -(-w.heads * (w.rank // 16) // _ABSORB_WARPS) + COLUMNS
+    append_blocks = 1 + -(-(w.heads + 1) * (w.rope // 2) // _PAIRS)
+    absorb_blocks = -(-w.heads * (w.rank // 16) // _ABSORB_WARPS) + COLUMNS * append_blocks
     queries, outputs, shares, chunks = workspace.queries, workspace.outputs, workspace.shares, workspace.chunks
     kernel(SOURCE, "absorb", macros)(
         (absorb_blocks, tiles),
@@ -118,7 +124,7 @@ def mla_decode(
         rows,
     )
     stride = w.rank + w.rope + 8
-    shared = 2 * ((CHUNK + 16) * stride + 16 * (CHUNK + 8)) + 4 * 2 * 16 * (CHUNK + 4)
+    shared = 2 * ((CHUNK + 16) * stride + 16 * (CHUNK + 8)) + 4 * _SCORE_PARTS * 16 * (CHUNK + 4)
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     extra = 0 if coming[0] is None else BLOCKS
@@ -126,8 +132,12 @@ def mla_decode(
         (room + extra, -(-w.heads // 16), rows), 32 * _ATTEND_WARPS,
         queries, latent_cache, rope_cache, cursor, scale, outputs, shares, chunks, room, *coming, shared=shared,
     )  # fmt: skip
-    value_tiles = w.value // 16
-    parts = value_tiles if value_tiles % 2 else value_tiles // 2
     kernel(SOURCE, "combine", macros)(
-        (w.heads * parts, rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out, chunks, room
+        (w.heads * (w.value // 16 // combine_tiles), rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out, chunks, room
     )
+
+
+def tiles_of_values(value: int, rows: int) -> int:
+    """Tiles of 16 values that a block of `combine` takes; no result depends on it."""
+    tiles = value // 16
+    return next(count for count in ((4, 2, 1) if rows > 2 else (2, 1)) if tiles % count == 0)
