@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_checkpoint
 from trtvlm.builder.check_onnx import widened
-from trtvlm.builder.cut import cut_config
+from trtvlm.builder.cut import Recipe, cut_config
 from trtvlm.builder.engines import segment_job, vision_job
 from trtvlm.builder.layers import PackedLayers
 from trtvlm.builder.reuse import SegmentExporter
@@ -24,10 +24,13 @@ CONTEXT = 300
 """Positions of the shared directory's caches (the fixture `graphs`)."""
 
 
-def engine_directory(folder: Path, kind: str, max_seq_len: int, draft: str | None = None) -> EngineDir:
+def engine_directory(
+    folder: Path, kind: str, max_seq_len: int, draft: str | None = None, graphs: bool = True
+) -> EngineDir:
     """An engine directory of `tests.tiny`'s model `kind`, and perhaps of another as its draft.
 
-    Its graphs compute in float32, and so does its chain: results can be compared with PyTorch's to the token.
+    Its graphs compute in float32, and so does its chain: results can be compared with PyTorch's to the token. Without
+    `graphs` there are none, and the chain is in float16.
     """
     source = tiny_checkpoint(folder.parent / f"{folder.name}.{kind}", kind)
     engine = EngineDir(folder)
@@ -45,25 +48,27 @@ def engine_directory(folder: Path, kind: str, max_seq_len: int, draft: str | Non
     save_file(
         {name: value for name, value in stored.items() if not name.startswith("language.")}, engine.vision_weights
     )
-    _export(engine, build)
-    onnx.save(widened(vision_job(load_vision(engine)).export()), engine.vision / "vision.onnx")
+    reader = QuantizedReader(engine)
+    chain, recipes = cut_config(
+        reader.config, reader.kind, reader.layout, max_rows=build.max_seq_len, max_width=build.max_width
+    )
+    engine.language.mkdir()
+    if graphs:
+        _export(engine, reader, chain, recipes)
+        chain = in_float32(chain)
+    (engine.language / "chain.json").write_text(chain.to_json(), encoding="utf-8")
     if draft is not None:
         engine_directory(folder / "draft", draft, max_seq_len)
     return engine
 
 
-def _export(engine: EngineDir, build: BuildConfig) -> None:
-    reader = QuantizedReader(engine)
-    chain, recipes = cut_config(
-        reader.config, reader.kind, reader.layout, max_rows=build.max_seq_len, max_width=build.max_width
-    )
+def _export(engine: EngineDir, reader: QuantizedReader, chain: Chain, recipes: dict[str, Recipe]) -> None:
     layers, exporter = PackedLayers(reader), SegmentExporter()
-    engine.language.mkdir()
     for step in chain.engines():
         recipe = recipes[step.name]
         job = segment_job(chain, step, recipe.kind, recipe.module(layers), exporter)
         onnx.save(widened(job.export()), engine.language / f"{step.name}.onnx")
-    (engine.language / "chain.json").write_text(in_float32(chain).to_json(), encoding="utf-8")
+    onnx.save(widened(vision_job(load_vision(engine)).export()), engine.vision / "vision.onnx")
 
 
 def in_float32(chain: Chain) -> Chain:
