@@ -133,8 +133,9 @@ def mla_decode(
         queries, latent_cache, rope_cache, cursor, scale, outputs, shares, chunks, room, *coming, shared=shared,
     )  # fmt: skip
     kernel(SOURCE, "combine", macros)(
-        (w.heads * (w.value // 16 // combine_tiles), rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out, chunks, room
-    )
+        (w.heads * (w.value // 16 // combine_tiles), rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out,
+        chunks, room,
+    )  # fmt: skip
 
 
 def tiles_of_values(value: int, rows: int) -> int:
