@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from trtvlm.builder.check_onnx import difference, runner
+from trtvlm.builder.check_onnx import difference, only_moves, runner
 from trtvlm.builder.layers import Layers
 from trtvlm.model.attention import MultiHeadLatentAttention, causal_mask
 from trtvlm.model.cache import KVCache, LatentCache
@@ -98,11 +98,14 @@ class ChainRun:
 
     def engine(self, step: EngineStep, graph: "onnx.ModelProto") -> None:
         """Run a segment's graph."""
-        run = runner(step.name, graph, wide=self._dtype == torch.float32)
+        wide = self._dtype == torch.float32
+        run = runner(step.name, graph, wide=wide and not only_moves(graph))
         for (start, _), inputs, tensors in zip(self._passes, self._inputs(step), self._tensors, strict=True):
             if step.rows == "last" and not start:
                 inputs = {name: value[-1:] for name, value in inputs.items()}
             outputs = run(inputs)
+            if wide:
+                outputs = {name: value.float() for name, value in outputs.items()}
             tensors.update({target: outputs[name] for name, target in step.outputs.items()})
 
     def attention(self, step: OperatorStep, layer: DecoderLayer, config: LanguageConfig) -> None:

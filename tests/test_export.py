@@ -1,5 +1,6 @@
 """Graphs against modules: vision, every segment, and the chain of segments and operators."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.tiny import tiny_model
 from trtvlm.builder.check_chain import ChainDifference, check_chain
-from trtvlm.builder.check_onnx import check_graph, difference, widened
+from trtvlm.builder.check_onnx import check_graph, difference, only_moves, widened
 from trtvlm.builder.cut import cut
 from trtvlm.builder.engines import inputs
 from trtvlm.builder.export import (
@@ -168,6 +169,19 @@ def test_every_segment_equals_its_module(built: Built) -> None:
 def _check(part: str, chain: Chain, built: Built, **limits: float) -> ChainDifference:
     layers = WholeModel(built.packed), WholeModel(built.exact)
     return check_chain(part, chain, built.graphs.__getitem__, *layers, **limits)
+
+
+def test_an_embedding_is_held_to_the_bit(built: Built) -> None:
+    name = next(iter(built.graphs))
+    graph, module = built.graphs[name], built.modules[name]
+    step = next(built.chain.engines())
+    batches = [inputs(built.chain, step, rows) for rows in (1, 24)]
+    assert only_moves(graph)
+    assert check_graph(name, graph, module, batches).max_abs == 0
+    other = copy.deepcopy(module)
+    other.embed_tokens.weight.data[int(batches[1]["tokens"][5]), 7] += 2**-6
+    with pytest.raises(GraphError, match=r"'00_embed' \(24 rows\) gives other rows"):
+        check_graph(name, graph, other, batches)
 
 
 def test_the_whole_chain_equals_the_language_model(built: Built) -> None:

@@ -10,8 +10,8 @@ from trtvlm.builder.stream import nbytes
 from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, layer_prefix, layout, linears
 
-# Intermediate code beside an engine's weights: 0.3 to 1.6 MB in segments of the official sizes, 4 MB in the vision part.
-_SEGMENT_CODE, _VISION_CODE = 650_000, 4_000_000
+# Intermediate code beside an engine's weights: 0.3 to 1.6 MB in segments of the official sizes, 10 MB in the vision part.
+_SEGMENT_CODE, _VISION_CODE = 650_000, 10_000_000
 
 # What operators read from rank0.safetensors: no graph has it.
 _OPERATORS = re.compile(r"attention\.kv_b_proj\.|mlp\.shared_expert\.|mlp\.e_score_correction_bias")

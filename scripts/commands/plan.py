@@ -277,9 +277,10 @@ def _notes(found: Plan, results: BenchResults | None, guessed: bool) -> Iterator
     stages = {
         key: max(model.building[key] for model in found.models.values()) for key in ("quantize", "compile", "verify")
     }
+    reading = f", {_gb(stages['verify'])} to read pages with (not with --verify-samples 0)" if stages["verify"] else ""
     yield (
         f"Building takes about {_gb(stages['quantize'])} of host memory to quantize, {_gb(stages['compile'])} to compile (not "
-        f"with --no-compile), {_gb(stages['verify'])} to compare with 16 bit (not with --verify-samples 0): estimates."
+        f"with --no-compile){reading}: estimates."
     )
 
 
