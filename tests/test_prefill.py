@@ -124,7 +124,8 @@ def test_same_as_the_model(model: str) -> None:
 
 
 @pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler")
-@pytest.mark.parametrize("model", [pytest.param("nano", marks=pytest.mark.slow), "nano-draft"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 def test_the_kernels_themselves_in_the_emulator(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_device", lambda _: (132, 228 * 1024))
     with emulated(Schedule("shuffled")):
