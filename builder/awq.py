@@ -81,6 +81,9 @@ def pre_quant_scales(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
     for name, layer in zip(weights, bag.layers, strict=True):
         scale = getattr(layer.input_quantizer, "_pre_quant_scale", None)
         found[name] = torch.ones(weights[name].shape[1]) if scale is None else scale.detach().float().flatten()
+        # ModelOpt leaves its modules in reference cycles, which would hold their weights for long.
+        assert isinstance(layer.weight, nn.Parameter)
+        layer.weight.data = torch.empty(0)
     return found
 
 

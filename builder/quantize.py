@@ -209,6 +209,8 @@ def _quantize_layer(
     verification.compare_layer(
         lambda x: _run(layer, x, rope), lambda: load_written(writer.path, layer, config.language, index)
     )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return hidden
 
 
