@@ -49,7 +49,8 @@ class Schedule:
     """How the threads of a launch take turns.
 
     order: of blocks, warps and lanes: one of ORDERS. seed: of the shuffled order.
-    resident: blocks that may be there at once. together: they start at once; otherwise one more comes when all wait.
+    resident: blocks that may be there at once. together: they start at once, and if shuffled take turns in the midst of
+    their work; otherwise one more comes when all wait.
     guarded: tensors are moved to pages of their own for the launch, so that accesses outside of them are seen.
     stack: bytes a thread's variables may take.
     """

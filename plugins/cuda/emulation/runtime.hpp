@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <link.h>
 #include <sys/mman.h>
 #include <type_traits>
 #include <utility>
@@ -26,7 +27,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __global__
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static __attribute__((section("emulated_shared")))
+// Static shared memory is this thread's own: that puts all of it in one place, which can be found and exchanged when another
+// block has its turn. (A section of its own would do if GCC minded it in templates.)
+#define __shared__ static thread_local
 
 struct uint3 { unsigned x, y, z; };
 struct alignas(8) uint2 { unsigned x, y; };
@@ -40,8 +43,7 @@ struct alignas(16) ulonglong2 { unsigned long long x, y; };
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
-extern "C" char __start_emulated_shared[], __stop_emulated_shared[];
-static __attribute__((section("emulated_shared"), aligned(128), used)) char emulated_shared_begins[128];
+static thread_local __attribute__((aligned(128))) char emulated_shared_is_there[128];
 
 namespace emulation {
 
@@ -259,21 +261,42 @@ static T at(const char (*places)[Meeting::BYTES], int from, int offset = 0) {
 constexpr unsigned STATIC = 0x01000000, DYNAMIC = 0x02000000;
 constexpr int MOST_DYNAMIC = 227 * 1024;
 
-static size_t static_bytes() { return __stop_emulated_shared - __start_emulated_shared; }
+static char* statics_begin;
+static size_t statics_size;
+
+// The thread-local memory of this library, which holds nothing else.
+static void find_statics() {
+    asm volatile("" ::"r"(emulated_shared_is_there) : "memory");  // there once it was asked for
+    statics_begin = nullptr;
+    dl_iterate_phdr(
+        [](dl_phdr_info* library, size_t, void*) {
+            for (int i = 0; i < library->dlpi_phnum; ++i) {
+                const auto& header = library->dlpi_phdr[i];
+                char* start = static_cast<char*>(library->dlpi_tls_data);
+                if (header.p_type != PT_TLS || !start) continue;
+                if (emulated_shared_is_there < start || emulated_shared_is_there >= start + header.p_memsz) continue;
+                statics_begin = start;
+                statics_size = header.p_memsz;
+            }
+            return 0;
+        },
+        nullptr);
+    if (!statics_begin) fail("static shared memory was not found");
+}
 
 static unsigned to_shared(const void* pointer) {
     const char* p = static_cast<const char*>(pointer);
     if (p >= block->dynamic && p <= block->dynamic + dynamic_bytes) return DYNAMIC + unsigned(p - block->dynamic);
-    if (p >= __start_emulated_shared && p <= __stop_emulated_shared) return STATIC + unsigned(p - __start_emulated_shared);
+    if (p >= statics_begin && p <= statics_begin + statics_size) return STATIC + unsigned(p - statics_begin);
     fail("an address that should be of shared memory is not (%p)", pointer);
 }
 
 static char* from_shared(unsigned address, int size) {
     const bool dynamic = address >= DYNAMIC;
     const unsigned offset = address - (dynamic ? DYNAMIC : STATIC);
-    if (offset + size > (dynamic ? unsigned(dynamic_bytes) : unsigned(static_bytes())))
+    if (offset + size > (dynamic ? unsigned(dynamic_bytes) : unsigned(statics_size)))
         fail("%d bytes at %u of %s shared memory, beyond its end", size, offset, dynamic ? "dynamic" : "static");
-    char* out = (dynamic ? block->dynamic : __start_emulated_shared) + offset;
+    char* out = (dynamic ? block->dynamic : statics_begin) + offset;
     if (reinterpret_cast<size_t>(out) % size) fail("shared memory address %u is not aligned to %d bytes", offset, size);
     return out;
 }
@@ -335,7 +358,7 @@ static Block* start(unsigned number) {
     b->fibers.resize(blockDim.x);
     b->meetings.resize((blockDim.x + 31) / 32);
     b->alive = int(blockDim.x);
-    b->statics.assign(static_bytes(), char(0xff));
+    b->statics.assign(statics_size, char(0xff));
     b->dynamic = new_dynamic();
     for (Fiber& f : b->fibers) {
         f.stack = new_stack();
@@ -384,15 +407,19 @@ static bool resume(Block* b, unsigned thread) {
 static bool turn(Block* b) {
     block = b;
     blockIdx = b->index;
-    memcpy(__start_emulated_shared, b->statics.data(), b->statics.size());
+    memcpy(statics_begin, b->statics.data(), b->statics.size());
     const unsigned threads = unsigned(b->fibers.size());
     std::vector<unsigned> warps = places((threads + 31) / 32), lanes = places(32);
     bool did = false;
+    // Blocks that are there together take turns in the midst of their work.
+    int bursts = options.together && options.order == SHUFFLED ? 1 + int(random_number() % 8) : 1 << 30;
     for (Fiber& f : b->fibers) f.polls = false;
-    for (bool moved = true; moved;) {
+    for (bool moved = true; moved && bursts > 0;) {
         moved = false;
         arrange(warps);
         for (unsigned warp : warps) {
+            if (bursts <= 0) break;
+            bool burst = false;
             int left = options.order == SHUFFLED ? 1 + int(random_number() % 48) : 1 << 30;
             if ((left & 7) == 0) arrange(lanes);
             for (bool stepped = true; stepped && left--;) {
@@ -401,12 +428,13 @@ static bool turn(Block* b) {
                     const unsigned thread = warp * 32 + l;
                     if (thread >= threads || !b->fibers[thread].ready()) continue;
                     did |= resume(b, thread);
-                    stepped = moved = true;
+                    stepped = moved = burst = true;
                 }
             }
+            bursts -= burst;
         }
     }
-    memcpy(b->statics.data(), __start_emulated_shared, b->statics.size());
+    memcpy(b->statics.data(), statics_begin, b->statics.size());
     return did;
 }
 
@@ -512,6 +540,7 @@ static const char* launch(void (*kernel)(void**), unsigned gx, unsigned gy, unsi
     if (sigsetjmp(escape, 1) == 0) {
         if (!threads || int(threads) > bounds) fail("%u threads a block, the kernel was made for %d", threads, bounds);
         if (shared < 0 || shared > MOST_DYNAMIC) fail("%d bytes of shared memory", shared);
+        find_statics();
         run_grid();
     } else {
         result = message;  // blocks that were under way are lost: this is for tests

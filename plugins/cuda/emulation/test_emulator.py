@@ -40,7 +40,7 @@ def kernel(name: str, parameters: str, body: str) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("kernels") / "kernels.cu"
     kernels = [KERNEL.format(name=name, parameters=p, body=body) for name, (p, body) in KERNELS.items()]
-    file.write_text('#include "common.cuh"' + "".join(kernels))
+    file.write_text('#include "common.cuh"' + TEMPLATE + "".join(kernels))
     return file
 
 
@@ -75,6 +75,59 @@ def test_a_barrier_is_waited_for_and_its_absence_seen(launch: Launch, order: str
             out = torch.zeros(3, 64, dtype=torch.int32)
             launch(name, out, grid=3)
             assert torch.equal(out.long(), expected) == (name == "reverse")
+
+
+TEMPLATE = """
+template <int N> DEVICE int* of_a_template() {
+    __shared__ int values[N];
+    return values;
+}
+"""
+kernel(
+    "templates", "int* out, u32* counter", """
+    int* values = of_a_template<64>();
+    out[64 * (2 * blockIdx.x) + threadIdx.x] = values[threadIdx.x];
+    values[threadIdx.x] = blockIdx.x;
+    add_release(counter, 1);
+    while (load_acquire(counter) < 64 * gridDim.x) {}
+    out[64 * (2 * blockIdx.x + 1) + threadIdx.x] = values[threadIdx.x];
+    """,
+)  # fmt: skip
+
+
+def test_every_block_has_its_own_shared_memory_full_of_poison(launch: Launch) -> None:
+    out, counter = torch.zeros(5, 2, 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with emulated():
+        launch("templates", out, counter, grid=5)
+    assert out[:, 0].eq(-1).all()
+    assert out[:, 1].equal(torch.arange(5, dtype=torch.int32)[:, None].expand(-1, 64))
+
+
+kernel(
+    "last_block", "int* out, u32* counter", """
+    __shared__ bool last;
+    out[1 + blockIdx.x * 64 + threadIdx.x] = 1;
+    {barrier}
+    if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (!last || threadIdx.x) return;
+    for (int i = 0; i < 64 * gridDim.x; ++i) out[0] += out[1 + i];
+    """,
+)  # fmt: skip
+KERNELS["last_block_early"] = (KERNELS["last_block"][0], KERNELS["last_block"][1].replace("{barrier}", ""))
+KERNELS["last_block"] = (KERNELS["last_block"][0], KERNELS["last_block"][1].replace("{barrier}", "__syncthreads();"))
+
+
+def test_blocks_that_count_themselves_too_early_are_seen(launch: Launch) -> None:
+    sums: dict[str, set[int]] = {"last_block": set(), "last_block_early": set()}
+    for name, found in sums.items():
+        for seed in range(20):
+            out, counter = torch.zeros(1 + 6 * 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+            with emulated(Schedule("shuffled", seed, together=True)):
+                launch(name, out, counter, grid=6)
+            found.add(int(out[0]))
+    assert sums["last_block"] == {6 * 64}
+    assert len(sums["last_block_early"]) > 1
 
 
 WAITING = kernel(

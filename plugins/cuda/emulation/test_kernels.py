@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
+from trtvlm.model.rope import rope_table
 from trtvlm.model.sizes import language_size
 from trtvlm.plugins.cuda import launch
 from trtvlm.plugins.cuda.emulation.emulator import ORDERS, Schedule, compiler, emulated
@@ -24,9 +25,12 @@ from trtvlm.plugins.int4_linear.packing import dequantize
 from trtvlm.plugins.int4_moe import grouped
 from trtvlm.plugins.int4_moe import test_int4_moe_cuda as moe
 from trtvlm.plugins.int4_moe.bench import random_mlp
+from trtvlm.plugins.int4_moe.reference import Routing
 from trtvlm.plugins.int4_moe.test_grouped_cuda import KINDS, chosen, float64_experts
 from trtvlm.plugins.int8_linear.decode import HeadWeight, candidates, head
 from trtvlm.plugins.mla_attention import test_mla_attention_cuda as mla
+from trtvlm.plugins.prefill import cuda as prefill
+from trtvlm.plugins.prefill import reference as prefill_reference
 from trtvlm.plugins.sampling import test_sampling_cuda as sampling
 from trtvlm.plugins.speculative_accept import test_speculative_accept_cuda as speculative_accept
 
@@ -167,8 +171,9 @@ def test_head(kind: str) -> None:
 @pytest.mark.parametrize("shape", [*slow(*gemm.SHAPES[:2]), gemm.SHAPES[2]], ids=str)
 def test_products_of_many_rows(shape: gemm.Shape) -> None:
     torch.manual_seed(0)
-    codes, scales, weight = packed(96, 192)
-    x, pre = torch.randn(37, 192).half(), torch.rand(192).add(0.5).half()
+    # Five groups: the last one is in the first of four stages, where the finished tile goes.
+    codes, scales, weight = packed(96, 320)
+    x, pre = torch.randn(37, 320).half(), torch.rand(320).add(0.5).half()
     out, row = torch.full((37, 96), torch.nan).half(), torch.full((1, 96), torch.nan).half()
     gemm.gemm(x, codes, scales, out, pre, shape)
     assert error(out, (x * pre).double() @ weight.t()) < 2e-3
@@ -270,8 +275,16 @@ def test_fused_add_rms_norm(dtype: torch.dtype) -> None:
     fused_add_rms_norm.test_same_as_the_reference((3, 256), dtype)
 
 
-@pytest.mark.usefixtures("in_any_order")
-def test_sampling() -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_sampling(order: str) -> None:
+    # Three blocks a row, of which the last to finish does the rest.
+    with emulated(Schedule(order, together=True)):
+        sampling.test_equal_tokens_on_the_border_and_exact_draws()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_random_order")
+def test_sampling_of_any_logits() -> None:
     sampling.test_same_as_the_reference(1024)
 
 
@@ -280,3 +293,49 @@ def test_accepting() -> None:
     speculative_accept.test_choose(5)
     speculative_accept.test_greedy_steps_move_the_state_as_the_reference(4, False)
     speculative_accept.test_sampled_steps_move_the_state_as_the_reference(4, 1024)
+
+
+# ---- what stands between a prompt's products ---------------------------------------------------------------------------
+
+
+def near_one(width: int) -> Tensor:
+    return torch.rand(width).add(0.5).half()
+
+
+@pytest.mark.usefixtures("in_any_order")
+def test_attention_of_a_prompt() -> None:
+    q, values = torch.randn(70, 2, 64).half(), torch.randn(100, 2, 32).half()
+    keys, shared = torch.randn(2, 100, 64).half().transpose(0, 1)[..., :32], torch.randn(100, 32).half()
+    cursor, scale = torch.tensor([30], dtype=torch.int32), near_one(64)
+    out = prefill.attend(q, keys, shared, values, cursor, scale)
+    assert error(out, prefill_reference.attend(q, keys, shared, values, cursor, scale)) < 2e-3
+    cursor[0] = 66
+    assert torch.equal(prefill.attend(q[36:37], keys[:67], shared[:67], values[:67], cursor, scale)[0], out[36])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_random_order")
+def test_norms_routing_and_appending_of_a_prompt() -> None:
+    torch.manual_seed(0)
+    residual, weight, scale = torch.randn(11, 256), near_one(256), near_one(256)
+    floats, halves = torch.randn(11, 256), torch.randn(11, 256).half()
+    runs = [
+        module.add_norm(residual.clone(), floats, halves, weight, EPS, (scale, None))
+        for module in (prefill, prefill_reference)
+    ]
+    assert all(error(*pair) < 1e-3 for pair in zip(*runs, strict=True))
+    router = torch.randn(8, 256) / 16
+    routed = [module.route(residual, weight, EPS, router, None, Routing(2)) for module in (prefill, prefill_reference)]
+    assert torch.equal(routed[0][0], routed[1][0])
+    assert error(routed[0][1], routed[1][1]) < 1e-3
+    rope, cursor = rope_table(32, 64, 1e4), torch.tensor([33], dtype=torch.int32)
+    q, kv, norm = torch.randn(11, 8, 64).half(), torch.randn(11, 160).half(), near_one(128)
+    qkv = torch.randn(11, 12, 32).half()
+    appended: list[list[Tensor]] = []
+    for module in (prefill, prefill_reference):
+        mine, caches = q.clone(), [torch.zeros(64, width).half() for width in (128, 32)]
+        module.append_latent(mine, kv, norm, rope, cursor, *caches)
+        heads, others = qkv.clone(), [torch.zeros(4, 64, 32).half() for _ in range(2)]
+        module.append_heads(heads, 4, rope, cursor, *others)
+        appended.append([mine, *caches, heads, *others])
+    assert all(error(*pair) < 1e-3 for pair in zip(*appended, strict=True))
