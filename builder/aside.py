@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -24,7 +26,8 @@ class Aside(Generic[Result]):
         context = multiprocessing.get_context("spawn")
         self._receiver, sender = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(sender, os.getpid(), function, arguments), daemon=True)
-        self._process.start()
+        with _uninterrupted():
+            self._process.start()
         sender.close()
 
     def result(self) -> Result:
@@ -51,6 +54,19 @@ class Aside(Generic[Result]):
         self._process.terminate()
         self._process.join()
         self._receiver.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A process begun now does not see Ctrl+C, which goes to everyone at once: this one hears it, and ends that one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _work(sender: Connection, parent: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from onnx import TensorProto, helper
+from safetensors.torch import load_file
 
 from tests.tiny import tiny_checkpoint, tiny_config
 from trtvlm.builder import engine_cache, engines
@@ -25,6 +31,7 @@ from trtvlm.builder.engines import build_engines, inputs
 from trtvlm.builder.export import ROWS, export_onnx
 from trtvlm.builder.finished_graphs import FinishedGraphs
 from trtvlm.builder.layers import PackedLayers
+from trtvlm.builder.planner.files import file_bytes
 from trtvlm.builder.reuse import SegmentExporter
 from trtvlm.builder.trtllm_config import BuildConfig
 from trtvlm.model.artifacts import EngineDir, digests
@@ -33,6 +40,7 @@ from trtvlm.model.errors import UserError
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
 
+ROOT = Path(__file__).parent.parent
 WIDTHS = {"rows": Range(1, 5, 8)}
 
 
@@ -111,6 +119,20 @@ def test_other_shapes_or_rows_are_exported_anew() -> None:
         example = inputs(chain, step, 2)
         exporter.export("embed", step.name, module, example, list(step.outputs), dynamic=ROWS, largest=largest)
     assert (exporter.exported, exporter.filled) == (3, 0)
+
+
+# What the plan says of it
+
+
+def test_the_plan_knows_the_bytes_of_weights_and_graphs(built: Built) -> None:
+    directory = built.directory
+    planned = file_bytes(directory.model_config(), "int8", "int8")
+    for what, file in (("checkpoint", directory.weights), ("vision", directory.vision_weights)):
+        assert planned[what] == sum(tensor.nbytes for tensor in load_file(file).values())
+    graphs = [onnx.load(path) for path in sorted(directory.path.glob("*/*.onnx"))]
+    # Lists of sizes are in graphs as well, and the vision part's biases and tables are there once for every use.
+    held = sum(len(tensor.raw_data) for graph in graphs for tensor in graph.graph.initializer)
+    assert planned["graphs"] == pytest.approx(held, rel=0.05)
 
 
 # Engines kept between builds
@@ -242,6 +264,39 @@ def test_a_build_goes_on_after_its_last_finished_graph(
     assert [record["name"] for record in records] == [record["name"] for record in built.records]
     assert finished.isdisjoint(checked)
     assert digests(directory.path) == digests(built.directory.path)
+
+
+@pytest.mark.slow
+def test_killed_at_random_with_engines(built: Built, tmp_path: Path) -> None:
+    """Twenty times, wherever it is by then: a partial directory is never seen, and in the end every byte is there."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRTVLM_CACHE": str(tmp_path / "cache")}
+    options = ("--quant", "int8_wo", "--max-seq-len", "128", "--max-draft-len", "4", "--verify-samples", "0")
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        model = built.quantized.parent / "model"
+        command = [sys.executable, "-m", "trtvlm.scripts.cli", "build", "--model", model, "--output", output, *options]
+        return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+    def written(output: Path) -> dict[str, str]:
+        return {name: digest for name, digest in digests(output).items() if name != "build_report.json"}
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    took, expected, rng = time.monotonic() - began, written(tmp_path / "whole"), random.Random(0)
+    output = tmp_path / "engine"
+    for _ in range(20):
+        process = start(output)
+        try:
+            process.wait(timeout=took * rng.uniform(0.3, 1.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if output.exists():
+            assert written(output) == expected
+            shutil.rmtree(output)
+    assert output.exists() or start(output).wait() == 0
+    assert written(output) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "engine", "whole"]
 
 
 @dataclass(frozen=True)
