@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_checkpoint
 from trtvlm.builder import quantize
@@ -64,7 +64,7 @@ def test_equals_the_whole_model_at_once(model: str, tmp_path: Path) -> None:
         source = tmp_path / "in"
         write_random_checkpoint(source, size_of("mid"), shard=20_000_000, processes=1)
     config = ModelConfig.from_pretrained(source)
-    samples = prepare(bundled_samples("calibration", 2), Processor.from_pretrained(source))
+    samples = prepare(bundled_samples("calibration", 1 if model == "tiny" else 2), Processor.from_pretrained(source))
     engine = _engine(tmp_path / "out", config)
     quantize_language(CheckpointReader(source), config, engine, "int4", "int8", samples)
     _whole(source, tmp_path / "whole.safetensors", samples)
@@ -107,13 +107,31 @@ def test_the_search_without_modelopt_chooses_what_modelopt_chooses() -> None:
     assert len({round(float(scale.max() / scale.min()), 3) for scale in found}) > 6
 
 
+def test_the_way_a_gpu_takes_gives_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which device a layer is on decides who searches; here a CPU takes the other way, bags of one shape included."""
+    source = tiny_checkpoint(tmp_path / "in", "base")
+    config = ModelConfig.from_pretrained(source)
+    samples = prepare(bundled_samples("calibration", 1), Processor.from_pretrained(source))
+    stored = []
+    for name in ("modelopt", "search"):
+        if name == "search":
+            monkeypatch.setattr(quantize, "layer_device", lambda layer: torch.device("meta"))
+            monkeypatch.setattr(quantize, "pre_quant_scales", None)
+        engine = _engine(tmp_path / name, config)
+        quantize_language(CheckpointReader(source), config, engine, "int4", "int8", samples, awq="lite")
+        stored.append(load_file(engine.weights))
+    for name, expected in stored[0].items():
+        if name.endswith("prequant_scaling_factor"):
+            torch.testing.assert_close(stored[1][name], expected, rtol=2e-3, atol=0)
+        elif expected.dtype == torch.int8:
+            assert float((stored[1][name] == expected).float().mean()) > 0.98, name
+
+
 def test_an_expert_never_reached_is_rounded_without_awq_and_named(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "in", "base")
     weights = load_file(source / "model.safetensors")
     # noaux_tc: a low enough correction bias keeps an expert from ever being chosen.
     weights["language.model.layers.1.mlp.gate.e_score_correction_bias"][2] = -100.0
-    from safetensors.torch import save_file
-
     save_file(weights, source / "model.safetensors")
     config = ModelConfig.from_pretrained(source)
     samples = prepare(bundled_samples("calibration", 2), Processor.from_pretrained(source))
