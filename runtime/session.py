@@ -169,7 +169,7 @@ class Session:
             int(inputs.input_ids[-1]), first, len(inputs.input_ids), left, self.processor.eos_id, seed,
             request.temperature, request.top_p,
         )  # fmt: skip
-        steps: Iterator[Step] = begin(draft, start, request.draft_tokens)
+        steps: Iterator[Step] | None = begin(draft, start, request.draft_tokens)
         return steps
 
     def _fill_draft(

@@ -11,7 +11,7 @@ from trtvlm.model.cache import KVCache
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader, load_vision
 from trtvlm.runtime.cuda.decode import DecodeProgram
 from trtvlm.runtime.cuda.prefill import CHUNK, Prefill, head_of
-from trtvlm.runtime.cuda.speculation import SPAN, Speculation
+from trtvlm.runtime.cuda.speculation import SPAN, Speculation, run_steps
 from trtvlm.runtime.cuda.vision import VisionProgram
 from trtvlm.runtime.cuda.weights import load_weights
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
@@ -136,15 +136,6 @@ class GraphedSteps:
         self.target, self.draft = target, draft
         self._speculation = Speculation(target.program, None if draft is None else draft.program)
 
-    @torch.inference_mode()
     def run(self, start: Start, drafted: int) -> Iterator[Step]:
         """Steps from `start`; afterwards both caches hold the prompt and what was emitted."""
-        rooms = [executor.cache.max_len for executor in (self.target, self.draft) if executor is not None]
-        try:
-            yield from self._speculation.run(start, drafted, min(rooms))
-        finally:
-            held = start.prompt + self._speculation.emitted()
-            self.target.filled(held)
-            if self.draft is not None:
-                # After everything was accepted, the draft has yet to read one token.
-                self.draft.filled(held - 1)
+        return run_steps(self._speculation, self.target, self.draft, start, drafted)

@@ -86,6 +86,6 @@ def measure_step(step: Launch, state: Tensor, vocab: int, rows: int, bench: Benc
 
 def measure_speculation(speculation: Speculation, drafted: int, bench: Bench) -> tuple[dict[str, Any], Launch]:
     """A whole speculative step: `drafted` passes of the draft, verification, acceptance and the next inputs; and its replay."""
-    vocab, span = speculation.target.weights.config.vocab_size, bench.span(drafted + 1)
+    vocab, span = speculation.target.logits.shape[1], bench.span(drafted + 1)
     spread, replay = measure_step(lambda: speculation.step(drafted, span), speculation.state, vocab, 1, bench)
     return {"drafted": drafted, "ms": spread.to_dict()}, replay

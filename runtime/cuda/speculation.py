@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -30,11 +31,56 @@ from trtvlm.plugins.speculative_accept.state import (
     target_cursor,
     target_inputs,
 )
-from trtvlm.runtime.cuda.decode import DecodeProgram
 from trtvlm.runtime.speculate import Step
+
+if TYPE_CHECKING:
+    from trtvlm.model.cache import KVCache
 
 SPAN = 256
 """Graphs are captured for caches filled up to a multiple of this."""
+
+
+Candidates = tuple[Tensor, Tensor]
+
+
+class Program(Protocol):
+    """What launches a language model's decode steps: `DecodeProgram`, or compiled engines.
+
+    logits float32 [rows, V]; found: each row's candidates, float32 values and int32 tokens [rows, blocks].
+    """
+
+    max_rows: int
+    logits: Tensor
+    found: Candidates
+
+    def launch(
+        self,
+        tokens: Tensor,
+        cursor: Tensor,
+        rows: int,
+        span: int,
+        chosen_from: Candidates | None = None,
+        logits: bool = False,
+    ) -> None:
+        """As `DecodeProgram.launch`."""
+        ...
+
+    def best(self, row: int) -> Candidates:
+        """The candidates of one row."""
+        ...
+
+
+class Holder(Protocol):
+    """An executor as far as its cache goes."""
+
+    @property
+    def cache(self) -> KVCache:
+        """What the graphs write."""
+        ...
+
+    def filled(self, length: int) -> None:
+        """Say that graphs have filled the cache up to `length`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +95,12 @@ class _Kind:
 class Speculation:
     """Runs requests on a target and perhaps a draft whose caches hold the same prompt. One request at a time."""
 
-    def __init__(self, target: DecodeProgram, draft: DecodeProgram | None) -> None:
+    def __init__(self, target: Program, draft: Program | None) -> None:
         self.target, self.draft = target, draft
-        device = target.residual.device
+        device = target.logits.device
         self.state = torch.zeros(STATE_SIZE, dtype=torch.int32, device=device)
         self.ring = new_ring(8192)
-        vocab = target.weights.config.vocab_size
-        self._vocab = vocab
+        self._vocab = target.logits.shape[1]
         self._graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
         self._pool: object | None = None
         self._sampling: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -162,4 +207,20 @@ class Speculation:
         return self._graphs[kind]
 
 
-__all__ = ["FIRST_DRAW", "SPAN", "Speculation"]
+@torch.inference_mode()
+def run_steps(
+    speculation: Speculation, target: Holder, draft: Holder | None, start: Start, drafted: int
+) -> Iterator[Step]:
+    """`Speculation.run` of two executors; afterwards their caches hold the prompt and what was emitted."""
+    rooms = [executor.cache.max_len for executor in (target, draft) if executor is not None]
+    try:
+        yield from speculation.run(start, drafted, min(rooms))
+    finally:
+        held = start.prompt + speculation.emitted()
+        target.filled(held)
+        if draft is not None:
+            # After everything was accepted, the draft has yet to read one token.
+            draft.filled(held - 1)
+
+
+__all__ = ["FIRST_DRAW", "SPAN", "Speculation", "run_steps"]

@@ -11,25 +11,29 @@ from trtvlm.model.cache import KVCache
 from trtvlm.model.chain import Chain, cache_positions
 from trtvlm.model.errors import UserError
 from trtvlm.plugins.quantized_checkpoint import QuantizedReader
+from trtvlm.runtime.cuda.speculation import SPAN, Speculation, run_steps
 from trtvlm.runtime.executor import MAX_DECODE_WIDTH
 from trtvlm.runtime.lane import PREFILL_CHUNK
 from trtvlm.runtime.tensorrt.installed import ONE_ENGINE
 from trtvlm.runtime.tensorrt.operators import Operators, ReferenceOperators
 from trtvlm.runtime.tensorrt.program import ChainProgram
+from trtvlm.runtime.tensorrt.step import CompiledStep
 from trtvlm.runtime.tensorrt.vision import VisionProgram
 from trtvlm.runtime.tensorrt.whole import WholeProgram
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from trtvlm.model.config import ModelConfig
     from trtvlm.model.inputs import ImageView
+    from trtvlm.plugins.speculative_accept.state import Start
+    from trtvlm.runtime.speculate import Step
     from trtvlm.runtime.tensorrt.segment import Backend
 
-SPAN = 256
-"""CUDA graphs are captured for caches filled up to a multiple of this."""
+# Positions past an answer's end that replays of a finished graph still write.
+SPARE = 16
 
 
 class ChainExecutor:
@@ -45,11 +49,11 @@ class ChainExecutor:
         chain = read_chain(engine)
         whole = engine.config()["build_config"].get("flavour") == ONE_ENGINE
         # Kernels read the cache in whole chunks of positions.
+        # One engine appends every row of its widest step, wanted or not; replays of a finished graph go on for a while.
+        spare = (chain.profiles["decode"][2] if whole else 0) + (SPARE if self.device.type == "cuda" else 0)
         positions = cache_positions(max_length)
         if not whole:
-            positions = min(positions, language.max_position_embeddings)
-        # One engine appends every row of its widest step, wanted or not.
-        spare = chain.profiles["decode"][2] if whole else 0
+            positions = min(cache_positions(max_length + spare), language.max_position_embeddings)
         self.max_length = min(max_length, positions - spare)
         dtype = getattr(torch, next(iter(chain.cache.values())).dtype)
         self.cache = KVCache(language, 1, positions, dtype, self.device)
@@ -69,7 +73,9 @@ class ChainExecutor:
         else:
             self.program = ChainProgram(chain, engine.language, backend, operators, PREFILL_CHUNK)
         self._vision = VisionProgram(engine, backend, self.program.hidden.dtype)
+        self._step = CompiledStep(self.program, self._cursor)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._loops: dict[int, Speculation] = {}
 
     @property
     def length(self) -> int:
@@ -79,6 +85,22 @@ class ChainExecutor:
     def rollback(self, length: int) -> None:
         """Forget everything from position `length` on."""
         self.cache.rollback(length)
+
+    def filled(self, length: int) -> None:
+        """Say that graphs run elsewhere have filled the cache up to `length`."""
+        self.cache.length = length
+
+    def steps(self, draft: ChainExecutor | None, start: Start, drafted: int) -> Iterator[Step] | None:
+        """The speculative loop from `start`, whole steps in CUDA graphs, with a draft that holds the same prompt or none.
+
+        None without a GPU.
+        """
+        if self.device.type == "cpu":
+            return None
+        key = id(draft)
+        if key not in self._loops:
+            self._loops[key] = Speculation(self._step, None if draft is None else draft._step)
+        return run_steps(self._loops[key], self, draft, start, drafted)
 
     @torch.inference_mode()
     def encode_image(self, image: ImageView) -> Tensor:
