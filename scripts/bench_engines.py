@@ -5,8 +5,9 @@
 
 Weights are random, in the quantized checkpoint's types (INT4, INT8 head): a dense layer and one with experts have every kind
 of segment there is. Of each kind: seconds by the clock and of CPU (what counts on a busy machine) of export, of the comparison
-with PyTorch through onnxruntime, and of compiling (nothing comes out of a cache); bytes; the largest difference; and the process's memory at its peak, 0.5 GB of which is Python
-with its libraries. "chain" runs these two layers' graphs and the operators between them against the float32 model.
+with PyTorch through onnxruntime, and of compiling (nothing comes out of a cache); bytes; the largest difference; and the
+process's memory at its peak, 0.5 GB of which is Python with its libraries. "chain" runs these layers' graphs and the operators
+between them against the float32 model.
 """
 
 from __future__ import annotations
