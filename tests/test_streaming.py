@@ -154,11 +154,13 @@ def test_an_expert_never_reached_is_rounded_without_awq_and_named(tmp_path: Path
 BUILD = """
 import json, resource, sys
 from pathlib import Path
+from trtvlm.builder import build as module
 from trtvlm.builder.build import BuildSettings, build
 from trtvlm.builder.trtllm_config import BuildConfig
 
+module.READ_AT_MOST = 0  # as with a large model: nobody holds it whole to read pages with it
 settings = BuildSettings(
-    calibration_samples=2, verify_samples=2, compile=False, awq=sys.argv[3], device="cpu",
+    calibration_samples=1, verify_samples=1, compile=False, awq=sys.argv[3], device="cpu",
     build=BuildConfig(max_seq_len=512, engines=False),
 )
 report = build(sys.argv[1], Path(sys.argv[2]), settings)
@@ -171,15 +173,15 @@ print(json.dumps({
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     peaks = {}
-    for layers in (4, 24):
+    for layers in (4, 16):
         source = tmp_path / f"in{layers}"
         write_random_checkpoint(source, size_of("mid", layers), shard=50_000_000, processes=1)
         done = subprocess.run(
-            [sys.executable, "-c", BUILD, str(source), str(tmp_path / f"out{layers}"), "clip"],
+            [sys.executable, "-c", BUILD, str(source), str(tmp_path / f"out{layers}"), "lite"],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["accuracy"]["tokens"] > 0
         peaks[layers] = found["peak"]
-    # Held whole in float32, twenty more layers would be 560 MB more.
-    assert peaks[24] < 1.1 * peaks[4], peaks
+    # Held whole in float32, twelve more layers would be 360 MB more.
+    assert peaks[16] < 1.1 * peaks[4], peaks
