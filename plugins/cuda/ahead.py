@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -11,20 +12,34 @@ from torch import Tensor
 # Of the cache; the rest is for what the launches in between read and write.
 SHARE = 0.35
 BLOCKS = 96
-MOST = 4
 
-Ahead = tuple[Tensor | int | None, ...]
+
+@dataclass(frozen=True)
+class Ahead:
+    """Weights in the order they will be read: pieces int64 [count, 2] on the device, each a start and a number of bytes."""
+
+    pieces: Tensor | None = None
+    count: int = 0
+
+
+NOTHING = Ahead()
 
 
 def ahead(weights: Sequence[Tensor | None]) -> Ahead:
-    """Kernel arguments (start, bytes) of up to MOST weights, cut where the share of the cache is used up."""
+    """The weights, which must outlive it, cut where the share of the cache is used up."""
     left = int(SHARE * l2_bytes())
-    out: list[Tensor | int | None] = []
-    for weight in [weight for weight in weights if weight is not None][:MOST]:
+    pieces = []
+    for weight in [weight for weight in weights if weight is not None]:
         size = min(left, weight.numel() * weight.element_size())
-        left -= size
-        out += [weight, size]
-    return (*out, *[None, 0] * (MOST - len(out) // 2))
+        if size:
+            left -= size
+            pieces.append((weight.data_ptr(), size))
+    return Ahead(torch.tensor(pieces, dtype=torch.int64, device="cuda"), len(pieces)) if pieces else NOTHING
+
+
+def fitting(size: int) -> int:
+    """How many pieces of `size` bytes the share of the cache has room for; 0 without a CUDA device."""
+    return int(SHARE * l2_bytes()) // size if torch.cuda.is_available() else 0
 
 
 @lru_cache

@@ -33,11 +33,10 @@ DEVICE void rotate(const u16* from, const float* cosines, const float* sines, in
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
            const float* sines, const int* cursor, float scale, u16* key_cache,
-           u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const char* ahead0, int bytes0, const char* ahead1, int bytes1, const char* ahead2, int bytes2,
-           const char* ahead3, int bytes3) {
+           u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead,
+           int ahead_count) {
     if (blockIdx.x >= room) {
-        const Ahead ahead = {{ahead0, ahead1, ahead2, ahead3}, {bytes0, bytes1, bytes2, bytes3}};
-        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, blockIdx.x - room, gridDim.x - room);
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
         return;
     }
     __shared__ __align__(16) u16 keys[CHUNK * STRIDE], values[CHUNK * STRIDE];

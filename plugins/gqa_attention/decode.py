@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import BLOCKS, MOST, Ahead
+from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.int4_linear.decode import check_rows
 
@@ -47,7 +47,7 @@ def gqa_decode(
     workspace: GQAWorkspace,
     rows: int,
     span: int,
-    coming: Ahead = (None, 0) * MOST,
+    coming: Ahead = NOTHING,
 ) -> None:
     """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
 
@@ -68,10 +68,11 @@ def gqa_decode(
     chunks = workspace.chunks
     scale = width**-0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
-    extra = 0 if coming[0] is None else BLOCKS
+    extra = BLOCKS if coming.count else 0
     kernel(SOURCE, "attend", macros)(
         (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, q, q.stride(0), k, v, k.stride(0), *rope, cursor,
-        scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks, rows, room, *coming,
+        scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks, rows, room,
+        coming.pieces, coming.count,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
     kernel(SOURCE, "combine", macros)(

@@ -156,10 +156,11 @@ DEVICE void tell(const float* logits, const float* bias, float* weights, int* wo
 }
 
 // Block (1 + tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. Block (0, 0)
-// of each tile of rows tells what there is to do.
+// of each tile of rows tells what there is to do. The first `ahead` entries bring their experts' second weights into L2.
 extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
-               const u32* scales, const u16* next_scale, u16* hidden, int all_rows) {
+               const u32* scales, const u16* next_scale, u16* hidden, const char* down_codes, const char* down_scales, int ahead,
+               int all_rows) {
     __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
     __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
     __shared__ Entry entries[MOST_ENTRIES];
@@ -206,6 +207,13 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         }
         if (step + DEPTH < Up::STEPS) load(step + DEPTH);
     }
+    if (entry < ahead) {  // its share of the expert's tiles, now that its own loads have come
+        constexpr int CODES = HIDDEN * (WIDTH / 2), SCALES = HIDDEN * (WIDTH / TILE_INPUTS) * 2;
+        for (int at = (tile * 32 * UP_WARPS + threadIdx.x) * 128; at < CODES; at += EXPERT_TILES * 32 * UP_WARPS * 128)
+            fetch_line(down_codes + size_t(expert) * CODES + at);
+        for (int at = (tile * 32 * UP_WARPS + threadIdx.x) * 128; at < SCALES; at += EXPERT_TILES * 32 * UP_WARPS * 128)
+            fetch_line(down_scales + size_t(expert) * SCALES + at);
+    }
     store_partial(partials[warp_id()], sum[0], COLUMNS);
     store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
     __syncthreads();
@@ -234,7 +242,7 @@ static_assert(MOST_ENTRIES <= 64, "two entries a lane");
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                 int all_rows) {
+                 const u64* ahead, int ahead_count, int all_rows) {
     __shared__ float routed[COLUMNS][TOP_K][2][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][2][COLUMNS][TILE_ROWS];
     constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
     const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
@@ -307,6 +315,7 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
         }
         now = next;
     }
+    if (blockIdx.y == 0) fetch_ahead(ahead, ahead_count, tile, TILES);
     __syncthreads();
     if (threadIdx.x >= OUTPUTS) return;
     float y = 0.f;

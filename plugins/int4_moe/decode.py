@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtvlm.plugins.cuda.ahead import NOTHING, Ahead, fitting
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
@@ -61,8 +62,8 @@ class MoEWeights:
     @property
     def coming(self) -> list[Tensor | None]:
         """The weights that every token reads, in order."""
-        first, second = (None if part is None else part.codes for part in (self.shared_fc, self.shared_proj))
-        return [self.router, first, second]
+        shared = [part for part in (self.shared_fc, self.shared_proj) if part is not None]
+        return [self.router, *(tensor for part in shared for tensor in (part.codes, part.scales))]
 
     @property
     def macros(self) -> Defines:
@@ -102,14 +103,18 @@ class MoEWorkspace:
         )
 
 
-def moe_decode(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+def moe_decode(
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, coming: Ahead = NOTHING
+) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
+
+    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`).
 
     ValueError here and below: more than 16 rows.
     """
     route(residual, norm, weights, workspace, rows)
     experts_up(weights, workspace, rows)
-    experts_down(residual, norm.square_sums, weights, workspace, rows)
+    experts_down(residual, norm.square_sums, weights, workspace, rows, coming)
 
 
 def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
@@ -138,12 +143,18 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
     kernel(SOURCE, "experts_up", weights.macros)(
         (1 + weights.width // 16, entries, -(-rows // COLUMNS)), 32 * _UP_WARPS, workspace.inputs, workspace.logits,
         weights.correction_bias, workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, rows,
+        weights.proj.pre_quant_scale, workspace.hidden, weights.proj.codes, weights.proj.scales,
+        fitting(weights.width * weights.router.shape[1] // 2), rows,
     )  # fmt: skip
 
 
 def experts_down(
-    residual: Tensor, square_sums: Tensor, weights: MoEWeights, workspace: MoEWorkspace, rows: int
+    residual: Tensor,
+    square_sums: Tensor,
+    weights: MoEWeights,
+    workspace: MoEWorkspace,
+    rows: int,
+    coming: Ahead = NOTHING,
 ) -> None:
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
@@ -151,5 +162,5 @@ def experts_down(
     kernel(SOURCE, "experts_down", weights.macros)(
         (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work,
         workspace.weights, weights.proj.codes, weights.proj.scales, None if shared is None else shared.codes,
-        None if shared is None else shared.scales, residual, square_sums, rows,
+        None if shared is None else shared.scales, residual, square_sums, coming.pieces, coming.count, rows,
     )  # fmt: skip

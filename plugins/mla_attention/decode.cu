@@ -135,12 +135,11 @@ static_assert(KEY_STRIDE / 8 % 2 == 1, "padding");
 // how many the workspace has room for. Scores are in units of log2(e).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     attend(const u16* queries, const u16* latent_cache, const u16* rope_cache, const int* cursor, float scale, float* outputs,
-           Share* shares, int chunks, int room, const char* ahead0, int bytes0, const char* ahead1, int bytes1, const char* ahead2, int bytes2,
-           const char* ahead3, int bytes3) {
+           Share* shares, int chunks, int room, const u64* ahead,
+           int ahead_count) {
     extern __shared__ uint4 shared[];
     if (blockIdx.x >= room) {
-        const Ahead ahead = {{ahead0, ahead1, ahead2, ahead3}, {bytes0, bytes1, bytes2, bytes3}};
-        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, blockIdx.x - room, gridDim.x - room);
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
         return;
     }
     u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import BLOCKS, MOST, Ahead
+from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import half_tiles
 from trtvlm.plugins.int4_linear.decode import COLUMNS, check_rows
@@ -87,7 +87,7 @@ def mla_decode(
     workspace: MLAWorkspace,
     rows: int,
     span: int,
-    coming: Ahead = (None, 0) * MOST,
+    coming: Ahead = NOTHING,
 ) -> None:
     """Append rows at cursor int32 [1] to latent_cache half [S, rank] and rope_cache half [S, rope], and attend.
 
@@ -127,10 +127,11 @@ def mla_decode(
     shared = 2 * ((CHUNK + 16) * stride + 16 * (CHUNK + 8)) + 4 * _SCORE_PARTS * 16 * (CHUNK + 4)
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
-    extra = 0 if coming[0] is None else BLOCKS
+    extra = BLOCKS if coming.count else 0
     kernel(SOURCE, "attend", macros)(
         (room + extra, -(-w.heads // 16), rows), 32 * _ATTEND_WARPS,
-        queries, latent_cache, rope_cache, cursor, scale, outputs, shares, chunks, room, *coming, shared=shared,
+        queries, latent_cache, rope_cache, cursor, scale, outputs, shares, chunks, room, coming.pieces, coming.count,
+        shared=shared,
     )  # fmt: skip
     kernel(SOURCE, "combine", macros)(
         (w.heads * (w.value // 16 // combine_tiles), rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out,

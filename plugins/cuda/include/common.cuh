@@ -92,18 +92,16 @@ DEVICE u32 load_acquire(const u32* counter) {
     return out;
 }
 
-// Weights that a later launch will read, brought into L2 while this one leaves the memory idle.
-struct Ahead {
-    const char* start[4];
-    int bytes[4];
-};
+DEVICE void fetch_line(const char* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// Part `part` of `parts` blocks; a line of 128 bytes a thread at a time.
-DEVICE void fetch_ahead(const Ahead& ahead, int part, int parts) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        for (int at = (part * blockDim.x + threadIdx.x) * 128; at < ahead.bytes[i]; at += parts * blockDim.x * 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(ahead.start[i] + at));
+// Weights that later launches will read, brought into L2 while this one leaves the memory idle: `pieces` of a start and a number
+// of bytes each. Part `part` of `parts` blocks; a line of 128 bytes a thread at a time.
+DEVICE void fetch_ahead(const u64* pieces, int count, int part, int parts) {
+    for (int i = 0; i < count; ++i) {
+        const char* start = reinterpret_cast<const char*>(pieces[2 * i]);
+        const int bytes = int(pieces[2 * i + 1]);
+        for (int at = (part * blockDim.x + threadIdx.x) * 128; at < bytes; at += parts * blockDim.x * 128) fetch_line(start + at);
+    }
 }
 
 // ---- tensor cores -------------------------------------------------------------------------------------------------
