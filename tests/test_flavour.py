@@ -78,6 +78,7 @@ def test_the_command_says_so_before_anything_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_one_engine_is_compiled_from(graphs: EngineDir, tmp_path: Path) -> None:
     said: list[str] = []
     draft = graphs.draft

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,3 +254,32 @@ def test_experts_that_are_no_plugin_are_refused(written: tuple[Chain, Path], tmp
     empty = onnx.ModelProto()
     with pytest.raises(UserError, match="INT4 experts only, and layer 1 has others: build with --quant int4_awq"):
         write_plugin_graph(tmp_path / "graph.onnx", chain, reader, reader, CONTEXT, lambda step: empty)
+
+
+PARSE = """
+import sys
+import tensorrt_rtx as trt
+from trtvlm.plugins.tensorrt.plugin import NAMESPACE, OperatorCreator
+from trtvlm.plugins.tensorrt.register import PLUGINS
+
+class Noting(OperatorCreator):
+    def create_plugin(self, *arguments):
+        made = super().create_plugin(*arguments)
+        print(made.metadata_string, flush=True)
+        return made
+
+creators = [Noting(plugin) for plugin in PLUGINS]
+for creator in creators:
+    assert trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+trt.OnnxParser(network, logger).parse_from_file(sys.argv[1])
+"""
+
+
+def test_tensorrt_s_parser_finds_the_plugins(written: tuple[Chain, Path]) -> None:
+    # In a process of its own: once it has a plugin, TensorRT-RTX, which can add none, may end the process.
+    found = subprocess.run([sys.executable, "-c", PARSE, str(written[1])], capture_output=True, text=True, check=False)
+    first = next(node for node in onnx.load(written[1]).graph.node if node.domain == "trtvlm")
+    numbers = {item.name: item.i for item in first.attribute if not item.name.startswith("plugin_")}
+    assert found.stdout.splitlines()[0] == f"{first.op_type} {numbers}", found.stderr
