@@ -175,6 +175,22 @@ class QuantizedWeights(ABC):
             return int8.dequantize(weight, self.get(f"{name}.{SCALES['int8']}"))
         return weight.float()
 
+    def float_weights(self, name: str) -> Iterator[Tensor]:
+        """`float_weight` [out, in] of each expert of a layer, or of the one there is; no more than one is made at a time."""
+        weight = self.get(f"{name}.weight")
+        if weight.dim() == 2:
+            yield self.float_weight(name)
+            return
+        scales = {kind: self.optional(f"{name}.{scale}") for kind, scale in SCALES.items()}
+        before = self.optional(f"{name}.{PREQUANT}")
+        for number, part in enumerate(weight):
+            if (groups := scales["int4"]) is not None:
+                yield int4.dequantize(part, groups[number], None if before is None else before[number])
+            elif (rows := scales["int8"]) is not None:
+                yield int8.dequantize(part, rows[number])
+            else:
+                yield part.float()
+
     def module(self, name: str, rows: slice = slice(None)) -> nn.Module:
         """A layer over the stored weight (its output rows `rows`): Int4Linear, Int8Linear or a float16 nn.Linear."""
         weight = self.get(f"{name}.weight")
@@ -279,9 +295,7 @@ def float_layer(reader: QuantizedWeights, index: int) -> DecoderLayer:
 def _fill_float(reader: QuantizedWeights, layer: DecoderLayer, index: int) -> None:
     _load_plain(reader, layer, index)
     for fused in linears(reader.config, index):
-        weight = reader.float_weight(layer_prefix(index) + fused.name)
-        for number in range(fused.experts or 1):
-            whole = weight if fused.experts is None else weight[number]
+        for number, whole in enumerate(reader.float_weights(layer_prefix(index) + fused.name)):
             for source, rows in pieces(reader.config, fused):
                 layer.get_parameter(source.format(number) + ".weight").copy_(whole[rows])
 
