@@ -35,5 +35,7 @@ def tensor_at(pointer: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
 @contextmanager
 def on_stream(stream: int) -> Iterator[None]:
     """Make a raw stream torch's current one, so that launches and torch's own operations go there."""
-    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+    # torch takes a null pointer for no pointer, and would give a stream of its own.
+    wrapped = torch.cuda.ExternalStream(stream) if stream else torch.cuda.default_stream()
+    with torch.cuda.stream(wrapped):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class TensorRTBackend:
         """UserError: that TensorRT is not installed."""
         self.device = torch.device(device)
         self._module = tensorrt(flavour)
+        # An engine belongs to the device that is current when it is loaded.
+        torch.cuda.set_device(self.device.index or 0)
         if flavour == ONE_ENGINE:
             register()
         self._runtime: trt.Runtime = self._module.Runtime(logger(self._module))
@@ -63,10 +65,9 @@ class TensorRTSegment:
         self.graph = graph
         self._engine = engine
         self._prefill_profile = min(PREFILL, engine.num_optimization_profiles - 1)
-        profiles = {self._prefill_profile} | ({DECODE} if graph.decode_rows else set())
-        self.scratch_bytes = max(engine.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
-        self._prefill = new_context(engine, module)
-        self._decode = new_context(engine, module) if graph.decode_rows else None
+        self.scratch_bytes = engine.device_memory_size_v2
+        self._prefill = new_context(engine, module, "NONE")
+        self._decode = new_context(engine, module, "EAGER") if graph.decode_rows else None
         self._ready = False
 
     def give_scratch(self, scratch: Tensor) -> None:
@@ -112,15 +113,16 @@ class TensorRTSegment:
             raise RuntimeError(f"TensorRT could not {what} the engine '{self.graph.name}'; what it says is above")
 
 
-def new_context(engine: trt.ICudaEngine, module: Any) -> trt.IExecutionContext:
-    """An execution context without memory of its own."""
+def new_context(engine: trt.ICudaEngine, module: Any, specialised: Literal["EAGER", "NONE"]) -> trt.IExecutionContext:
+    """An execution context without memory of its own. `specialised`: whether it compiles kernels for the shapes it meets."""
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
     if hasattr(module, "DynamicShapesKernelSpecializationStrategy"):
-        # TensorRT-RTX compiles kernels on the device. Its default is to swap better ones in as they get ready: a row's
-        # bits would depend on when, and a CUDA graph would keep the slow ones.
+        # TensorRT-RTX compiles kernels on the device. Its default is to swap better ones in as they get ready: bits would
+        # depend on when, and a CUDA graph would keep the slow ones. A decode has one shape, prompts have many.
         strategies: Any = module.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER  # type: ignore[attr-defined,unused-ignore]
+        chosen = getattr(strategies, specialised)
+        config.dynamic_shapes_kernel_specialization_strategy = chosen  # type: ignore[attr-defined,unused-ignore]
     context = engine.create_execution_context(config)
     if context is None:
         raise UserError(f"TensorRT has no memory for a context of the engine '{engine.name}': use a smaller context.")
