@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
@@ -22,6 +23,8 @@ Search = Literal["lite", "clip", "full"]
 """What INT4 searches for: AWQ's scales; also each group's range; also codes that make up for each other's rounding."""
 # Of a group's largest weight, how much is kept: from all of it downwards.
 CLIP_RATIOS = tuple(1 - 0.04 * step for step in range(13))
+# Bytes of weights from which on a collection is cheap beside the search.
+_WORTH_COLLECTING = 16 << 20
 _TINY = torch.finfo(torch.float32).tiny
 # The rules below are an ordered list since then.
 LEAST_MODELOPT = "0.47"
@@ -77,13 +80,17 @@ def pre_quant_scales(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
             "algorithm": {"method": "awq_lite", "alpha_step": ALPHA_STEP},
         }
         mtq.quantize(bag, config, run)
+    # ModelOpt leaves its modules, and what they were run with, in reference cycles: their memory would be held for long.
+    rows.clear()
     found = {}
     for name, layer in zip(weights, bag.layers, strict=True):
         scale = getattr(layer.input_quantizer, "_pre_quant_scale", None)
         found[name] = torch.ones(weights[name].shape[1]) if scale is None else scale.detach().float().flatten()
-        # ModelOpt leaves its modules in reference cycles, which would hold their weights for long.
         assert isinstance(layer.weight, nn.Parameter)
         layer.weight.data = torch.empty(0)
+    if sum(weight.nbytes for weight in weights.values()) > _WORTH_COLLECTING:
+        del bag, layer
+        gc.collect()
     return found
 
 
