@@ -277,6 +277,7 @@ trt.OnnxParser(network, logger).parse_from_file(sys.argv[1])
 """
 
 
+@pytest.mark.parametrize("directory", ["mla"], indirect=True)
 def test_tensorrt_s_parser_finds_the_plugins(written: tuple[Chain, Path]) -> None:
     # In a process of its own: once it has a plugin, TensorRT-RTX, which can add none, may end the process.
     found = subprocess.run([sys.executable, "-c", PARSE, str(written[1])], capture_output=True, text=True, check=False)
