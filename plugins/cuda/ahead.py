@@ -37,11 +37,6 @@ def ahead(weights: Sequence[Tensor | None]) -> Ahead:
     return Ahead(torch.tensor(pieces, dtype=torch.int64, device="cuda"), len(pieces)) if pieces else NOTHING
 
 
-def fitting(size: int) -> int:
-    """How many pieces of `size` bytes the share of the cache has room for; 0 without a CUDA device."""
-    return int(SHARE * l2_bytes()) // size if torch.cuda.is_available() else 0
-
-
 @lru_cache
 def l2_bytes() -> int:
     """Size of the current device's L2 cache."""

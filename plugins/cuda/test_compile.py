@@ -79,4 +79,4 @@ def test_experts(model: str, arch: str) -> None:
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
     shared = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=4, normalised=True)
-    check(moe.SOURCE, dict(macros), arch, {"route": 256, "experts_up": 128, "experts_down": 512}, shared)
+    check(moe.SOURCE, dict(macros), arch, {"route": 256, "experts_up": 128, "experts_down": 256}, shared)

@@ -156,11 +156,10 @@ DEVICE void tell(const float* logits, const float* bias, float* weights, int* wo
 }
 
 // Block (1 + tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. Block (0, 0)
-// of each tile of rows tells what there is to do. The first `ahead` entries bring their experts' second weights into L2.
+// of each tile of rows tells what there is to do.
 extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
-               const u32* scales, const u16* next_scale, u16* hidden, const char* down_codes, const char* down_scales, int ahead,
-               int all_rows) {
+               const u32* scales, const u16* next_scale, u16* hidden, int all_rows) {
     __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
     __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
     __shared__ Entry entries[MOST_ENTRIES];
@@ -207,13 +206,6 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         }
         if (step + DEPTH < Up::STEPS) load(step + DEPTH);
     }
-    if (entry < ahead) {  // its share of the expert's tiles, now that its own loads have come
-        constexpr int CODES = HIDDEN * (WIDTH / 2), SCALES = HIDDEN * (WIDTH / TILE_INPUTS) * 2;
-        for (int at = (tile * 32 * UP_WARPS + threadIdx.x) * 128; at < CODES; at += EXPERT_TILES * 32 * UP_WARPS * 128)
-            fetch_line(down_codes + size_t(expert) * CODES + at);
-        for (int at = (tile * 32 * UP_WARPS + threadIdx.x) * 128; at < SCALES; at += EXPERT_TILES * 32 * UP_WARPS * 128)
-            fetch_line(down_scales + size_t(expert) * SCALES + at);
-    }
     store_partial(partials[warp_id()], sum[0], COLUMNS);
     store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
     __syncthreads();
@@ -229,104 +221,82 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     hidden[(size_t(row0 + column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
 }
 
-constexpr int DOWN_WARPS = 16;
-constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, HALF_GROUPS = (DOWN_GROUPS + 1) / 2;
+constexpr int DOWN_WARPS = 8;
+constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
-constexpr int INPUTS_AHEAD = smaller(HALF_GROUPS, 3);  // groups of activations under way
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
-static_assert(MOST_ENTRIES <= 64, "two entries a lane");
 
-// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. A warp takes half the inputs of an expert, or of
-// a part of the shared expert, at a time, with all weights under way at once; what it has used makes room for the same piece
-// of what it takes next.
+// The whole of K in one warp, in order: nothing decides a result but its own row.
+DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row) {
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
+    Int4Weight weight[DEPTH];
+    Activation x[DEPTH];
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
+#pragma unroll
+    for (int step = 0; step < DOWN_GROUPS; ++step) {
+        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
+        if (step + DEPTH < DOWN_GROUPS) {
+            weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
+            x[step % DEPTH] = load_direct(row, step + DEPTH);
+        }
+    }
+}
+
+// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
+// or a part of the shared expert.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                 const u64* ahead, int ahead_count, int all_rows) {
-    __shared__ float routed[COLUMNS][TOP_K][2][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][2][COLUMNS][TILE_ROWS];
+                 int all_rows) {
+    __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
     constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
     const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     work += blockIdx.y * WORK_SIZE;
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
     const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
-
-    // The whole list, an entry or two a lane; what lies past the count is not used.
-    const int count = work[0];
-    Entry held[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int at = smaller(32 * i + lane_id(), MOST_ENTRIES - 1);
-        held[i] = Entry{work[WORK_EXPERT + at], u32(work[WORK_ROWS + at]), u32(work[WORK_SLOTS + at])};
-    }
     float before = 0.f;
     if (threadIdx.x < OUTPUTS && out_row < rows) before = residual[size_t(row0 + out_row) * HIDDEN + output];
 
-    struct Item {  // number 2n + 1 is the second half of what 2n is the first half of; the shared expert comes first
-        int number;
-        Entry entry;
-        int first;  // of its weight tiles
-    };
-    const int items = 2 * (SHARED_PARTS + count);
-    auto item_at = [&](int number) {
-        const int first = number % 2 * HALF_GROUPS, place = number / 2 - SHARED_PARTS;
-        Item item = {number, {0, 0, 0}, tile * (SHARED / TILE_INPUTS) + number / 2 * DOWN_GROUPS + first};
-        if (place >= 0 && number < items) {
-            const Entry& from = place < 32 ? held[0] : held[1];
-            item.entry = Entry{__shfl_sync(ALL, from.expert, place & 31), __shfl_sync(ALL, from.rows, place & 31),
-                               __shfl_sync(ALL, from.slots, place & 31)};
-            item.first = (item.entry.expert * TILES + tile) * DOWN_GROUPS + first;
-        }
-        return item;
-    };
-    auto has = [&](const Item& item, int piece) { return DOWN_GROUPS % 2 == 0 || piece < DOWN_GROUPS - item.number % 2 * HALF_GROUPS; };
-    Int4Weight weight[HALF_GROUPS];
-    auto load = [&](const Item& item, int piece) {
-        const bool of_shared = item.number < 2 * SHARED_PARTS;
-        if (item.number < items && has(item, piece))
-            weight[piece].load(of_shared ? shared_codes : codes, of_shared ? shared_scales : scales, item.first + piece);
-    };
-    Item now = item_at(warp_id());
-#pragma unroll
-    for (int piece = 0; piece < HALF_GROUPS; ++piece) load(now, piece);
-    while (now.number < items) {
-        const bool is_shared = now.number < 2 * SHARED_PARTS;
-        const u32 mask = now.entry.rows, slots = now.entry.slots;
-        const u16* row = is_shared ? shared_hidden + size_t(row0 + in_row) * SHARED + now.number / 2 * WIDTH
-                                   : hidden + (size_t(row0 + in_row) * TOP_K + (slots >> (4 * in_row) & 15)) * WIDTH;
-        row += now.number % 2 * HALF_GROUPS * TILE_INPUTS;
-        Activation x[INPUTS_AHEAD];
-#pragma unroll
-        for (int piece = 0; piece < INPUTS_AHEAD; ++piece) if (has(now, piece)) x[piece] = load_direct(row, piece);
-        const Item next = item_at(now.number + DOWN_WARPS);
+    // Asked for at once: how much there is, and this warp's first entry (what lies past the count is not used).
+    const int count = work[0], units = SHARED_PARTS + count;
+    const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
+    int expert = work[WORK_EXPERT + mine];
+    u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
+    for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        if (unit < SHARED_PARTS) {
+            const u16* row = shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH;
+            constexpr int GROUPS = SHARED / TILE_INPUTS;
+            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS, row);
 #pragma unroll
-        for (int piece = 0; piece < HALF_GROUPS; ++piece) {
-            if (!has(now, piece)) continue;
-            weight[piece].multiply(sum, x[piece % INPUTS_AHEAD]);
-            load(next, piece);
-            if (piece + INPUTS_AHEAD < HALF_GROUPS && has(now, piece + INPUTS_AHEAD))
-                x[piece % INPUTS_AHEAD] = load_direct(row, piece + INPUTS_AHEAD);
+            for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
+            continue;
         }
+        const int entry = unit - SHARED_PARTS;
+        if (entry != mine) {
+            expert = work[WORK_EXPERT + entry];
+            mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
+        }
+        const u16* row = hidden + (size_t(row0 + in_row) * TOP_K + (slots >> (4 * in_row) & 15)) * WIDTH;
+        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, row);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = column + (i & 1), at = g + 8 * (i >> 1);
-            if (is_shared) shared_sum[now.number / 2][now.number % 2][c][at] = sum[i];
-            else if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][now.number % 2][at] = sum[i];
+            const int c = column + (i & 1);
+            if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
         }
-        now = next;
     }
-    if (blockIdx.y == 0) fetch_ahead(ahead, ahead_count, tile, TILES);
     __syncthreads();
     if (threadIdx.x >= OUTPUTS) return;
     float y = 0.f;
     if (out_row < rows) {
-        const float* weight_of = weights + (row0 + out_row) * TOP_K;
-        const int at = threadIdx.x & 15;
+        const float* weight = weights + (row0 + out_row) * TOP_K;
 #pragma unroll
-        for (int slot = 0; slot < TOP_K; ++slot)
-            y += weight_of[slot] * (routed[out_row][slot][0][at] + routed[out_row][slot][1][at]);
+        for (int slot = 0; slot < TOP_K; ++slot) y += weight[slot] * routed[out_row][slot][threadIdx.x & 15];
 #pragma unroll
-        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][0][out_row][at] + shared_sum[part][1][out_row][at];
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
         y += before;
     }
     float square = y * y;

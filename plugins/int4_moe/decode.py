@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import NOTHING, Ahead, fitting
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 16
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
 _ROUTER_EXPERTS, _INPUT_VALUES = 4, 256
 
 
@@ -42,6 +41,8 @@ class MoEWeights:
         experts, width = self.router.shape[0], self.width
         if experts > 128 or self.routing.top_k > 15:
             raise ValueError(f"the kernels route to at most 15 of 128 experts, not {self.routing.top_k} of {experts}")
+        if self.correction_bias is not None and self.routing.scoring != "sigmoid":
+            raise ValueError("the kernels correct sigmoid scores only")
         if self.routing.groups > 1:
             raise ValueError("the kernels do not route in groups")
         if self.shared_width % width:
@@ -103,18 +104,14 @@ class MoEWorkspace:
         )
 
 
-def moe_decode(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, coming: Ahead = NOTHING
-) -> None:
+def moe_decode(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
-
-    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`).
 
     ValueError here and below: more than 16 rows.
     """
     route(residual, norm, weights, workspace, rows)
     experts_up(weights, workspace, rows)
-    experts_down(residual, norm.square_sums, weights, workspace, rows, coming)
+    experts_down(residual, norm.square_sums, weights, workspace, rows)
 
 
 def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
@@ -143,8 +140,7 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
     kernel(SOURCE, "experts_up", weights.macros)(
         (1 + weights.width // 16, entries, -(-rows // COLUMNS)), 32 * _UP_WARPS, workspace.inputs, workspace.logits,
         weights.correction_bias, workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, weights.proj.codes, weights.proj.scales,
-        fitting(weights.width * weights.router.shape[1] // 2), rows,
+        weights.proj.pre_quant_scale, workspace.hidden, rows,
     )  # fmt: skip
 
 
@@ -154,7 +150,6 @@ def experts_down(
     weights: MoEWeights,
     workspace: MoEWorkspace,
     rows: int,
-    coming: Ahead = NOTHING,
 ) -> None:
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
@@ -162,5 +157,5 @@ def experts_down(
     kernel(SOURCE, "experts_down", weights.macros)(
         (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work,
         workspace.weights, weights.proj.codes, weights.proj.scales, None if shared is None else shared.codes,
-        None if shared is None else shared.scales, residual, square_sums, coming.pieces, coming.count, rows,
+        None if shared is None else shared.scales, residual, square_sums, rows,
     )  # fmt: skip

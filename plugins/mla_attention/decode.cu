@@ -239,21 +239,23 @@ using Mixed = Slice<RANK, COMBINE_WARPS>;
 
 // Block (head, part of its values), row. values half tiles [HEADS, VALUE / 16, RANK / 64]; out half [rows, HEADS * VALUE].
 // `room`: chunks that the step's span has.
-extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES > 2 ? 2 : 1)
     combine(const float* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room) {
     __shared__ __align__(16) u16 mixed[COMBINE_WARPS][Mixed::STRIDE];
     __shared__ float partials[COMBINE_WARPS][COMBINE_TILES * TILE_ROWS];
     const int head = blockIdx.x / COMBINE_PARTS, tile0 = blockIdx.x % COMBINE_PARTS * COMBINE_TILES, row = blockIdx.y;
     const int count = (*cursor + row) / CHUNK + 1;
+    // Weights of few tiles are asked for at once; many would leave no registers to the merging of another block beside.
+    constexpr bool EARLY = COMBINE_TILES <= 2;
     HalfWeight weight[Mixed::STEPS][COMBINE_TILES];
+    auto load = [&](int step) {
 #pragma unroll
-    for (int step = 0; step < Mixed::STEPS; ++step) {
-        if (Mixed::has(step)) {
+        for (int r = 0; r < COMBINE_TILES; ++r)
+            weight[step][r].load(values, nullptr, (head * VALUE_TILES + tile0 + r) * Mixed::GROUPS + Mixed::group(step));
+    };
 #pragma unroll
-            for (int r = 0; r < COMBINE_TILES; ++r)
-                weight[step][r].load(values, nullptr, (head * VALUE_TILES + tile0 + r) * Mixed::GROUPS + Mixed::group(step));
-        }
-    }
+    for (int step = 0; step < Mixed::STEPS; ++step)
+        if (EARLY && Mixed::has(step)) load(step);
     const size_t at = size_t(row) * chunks * HEADS + head;
     float sum[COMBINE_TILES][4] = {};
 #pragma unroll
@@ -266,6 +268,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
             halves.x = floats_to_halves(mean.x, mean.y), halves.y = floats_to_halves(mean.z, mean.w);
             *reinterpret_cast<uint2*>(mixed[warp_id()] + step * TILE_INPUTS + 4 * lane_id()) = halves;
         }
+        if (!EARLY) load(step);
         __syncwarp();
         const Activation x = load_activation(mixed[warp_id()], Mixed::STRIDE, step, lane_id() < 4);
 #pragma unroll

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -31,10 +30,7 @@ Candidates = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer as its launches want it.
-
-    coming: what its attention brings into L2; after: what its experts do, of the next layer.
-    """
+    """A decoder layer as its launches want it. coming: what its attention brings into L2."""
 
     input_norm: Norm
     post_norm: Norm
@@ -45,7 +41,6 @@ class _Layer:
     fc: LinearWeight | None
     proj: LinearWeight | None
     coming: Ahead
-    after: Ahead
 
 
 class DecodeProgram:
@@ -61,7 +56,7 @@ class DecodeProgram:
         hidden, heads, rows = config.hidden_size, config.num_attention_heads, max_rows
         self.residual = torch.zeros(rows, hidden, device=device)
         self.square_sums = torch.zeros(rows, hidden // 16, device=device)
-        self._layers = [self._pack(*pair) for pair in zip_longest(weights.layers, weights.layers[1:])]
+        self._layers = [self._pack(layer) for layer in weights.layers]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
         self.found = candidates(config.vocab_size, rows, device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
@@ -115,7 +110,7 @@ class DecodeProgram:
         layer = self._layers[index]
         if layer.moe is not None:
             assert self._moe is not None
-            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, layer.after)
+            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows)
             return
         assert layer.fc is not None
         assert layer.proj is not None
@@ -160,7 +155,7 @@ class DecodeProgram:
             layer.coming,
         )
 
-    def _pack(self, layer: LayerWeights, following: LayerWeights | None) -> _Layer:
+    def _pack(self, layer: LayerWeights) -> _Layer:
         qkv = LinearWeight(
             layer.qkv.codes, layer.qkv.scales, layer.qkv.pre_quant_scale, layer.fused_a
         )  # fmt: skip
@@ -183,17 +178,7 @@ class DecodeProgram:
             _linear(layer.fc) if dense and layer.fc is not None else None,
             _linear(layer.proj) if dense and layer.proj is not None else None,
             ahead([layer.dense.codes, layer.dense.scales, *([] if moe is None else moe.coming)]) if fetch else NOTHING,
-            ahead(_first_weights(following)) if fetch and following is not None else NOTHING,
         )
-
-
-def _first_weights(layer: LayerWeights) -> list[Tensor | None]:
-    """What a layer reads first, in order."""
-    latent = layer.mla
-    return [
-        layer.qkv.codes, layer.qkv.scales, layer.fused_a,
-        *([] if latent is None else [latent.keys, latent.values]),
-    ]  # fmt: skip
 
 
 def _linear(matrix: Matrix) -> LinearWeight:
