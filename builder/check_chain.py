@@ -104,9 +104,11 @@ class ChainRun:
             if step.rows == "last" and not start:
                 inputs = {name: value[-1:] for name, value in inputs.items()}
             outputs = run(inputs)
-            if wide:
-                outputs = {name: value.float() for name, value in outputs.items()}
-            tensors.update({target: outputs[name] for name, target in step.outputs.items()})
+            # Copies: what the runtime gave lies in memory of its own, all of which lives as long as a part of it.
+            copies = {
+                name: value.to(torch.float32 if wide else value.dtype, copy=True) for name, value in outputs.items()
+            }
+            tensors.update({target: copies[name] for name, target in step.outputs.items()})
 
     def attention(self, step: OperatorStep, layer: DecoderLayer, config: LanguageConfig) -> None:
         """Run an attention operator of `layer`, with an empty cache of its own."""

@@ -68,7 +68,7 @@ def check_graph(
     # One after the other: a large graph's weights are in memory several times while it is run.
     del reference
     for kind, limit in (("float32", exact), ("as is", rounded)):
-        worst = Difference(0.0, 0.0)
+        worst, results = Difference(0.0, 0.0), dict[str, Tensor]()
         run = runner(name, model, wide=kind == "float32")
         for inputs, widened_inputs, expected in cases:
             results = run(widened_inputs if kind == "float32" else inputs)
@@ -82,7 +82,7 @@ def check_graph(
                         f"{found.rel_l2:.2e} against PyTorch, over the {limit:.2e} allowed."
                     )
                 worst = worst.worst(found)
-        del run
+        del run, results  # what a session gave keeps its memory alive
     return worst
 
 
