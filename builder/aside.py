@@ -42,6 +42,8 @@ class Aside(Generic[Result]):
             ) from None
         if not good:
             raise value
+        # Let it end by itself: what it has registered with the system is given back then.
+        self._process.join(10)
         found: Result = value
         return found
 
