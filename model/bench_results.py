@@ -1,8 +1,7 @@
 """Measured decode steps out of a file that `trtvlm bench` wrote (`trtvlm.model.bench_file`): what is planned with.
 
 Steps are INT4. `copy_gbps` counts bytes read and written by a large device copy; with it and a kernel's `bytes` (of one
-launch), the kernel has a share of the bandwidth. The form of benchmarks/decode-h200.json, of before `trtvlm bench`, is read
-too: a list of steps for each model, with `us` for the whole step.
+launch), the kernel has a share of the bandwidth.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from trtvlm.model.errors import UserError
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 """Where a checkout keeps its results; an installed package has none."""
 BENCH_H200 = BENCHMARKS / "bench-h200.json"
-DECODE_H200 = BENCHMARKS / "decode-h200.json"
 LOSSLESS = BENCHMARKS / "lossless-int4.json"
 
 
@@ -63,10 +61,7 @@ class BenchResults:
 
     @classmethod
     def read(cls, path: Path) -> BenchResults:
-        """Read the file. Steps measured without fetching weights ahead, which nobody runs, are left out.
-
-        UserError: it does not hold such measurements.
-        """
+        """Read the file. UserError: it does not hold such measurements."""
         try:
             return cls._parse(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -79,8 +74,7 @@ class BenchResults:
     def _parse(cls, raw: dict[str, Any]) -> BenchResults:
         steps = {}
         for model, entry in raw["models"].items():
-            entries = entry.get("steps", []) if isinstance(entry, dict) else entry
-            found = [_step(model, entry) for entry in entries if entry.get("fetch_ahead", True)]
+            found = [_step(model, step) for step in entry.get("steps", [])]
             if len({step.rows for step in found}) != len(found):
                 raise ValueError(f"{model} has two steps of the same rows")
             steps[model] = tuple(sorted(found, key=lambda step: step.rows))
@@ -98,7 +92,7 @@ class BenchResults:
 
 def default_results() -> Path | None:
     """The project's own measurements, where they are."""
-    return next((path for path in (BENCH_H200, DECODE_H200) if path.is_file()), None)
+    return BENCH_H200 if BENCH_H200.is_file() else None
 
 
 def bundled_acceptance() -> float | None:
@@ -115,8 +109,7 @@ def _step(model: str, raw: dict[str, Any]) -> StepTime:
         Operator(name, float(kernel["us"]), int(kernel["launches"]), kernel.get("bytes"))
         for name, kernel in raw["kernels"].items()
     )
-    ms = float(raw["ms"]["p50"]) if "ms" in raw else float(raw["us"]) / 1e3
-    step = StepTime(int(raw["rows"]), ms, operators)
+    step = StepTime(int(raw["rows"]), float(raw["ms"]["p50"]), operators)
     if step.rows < 1 or step.ms <= 0 or not all(each.us > 0 and each.launches > 0 for each in operators):
         raise ValueError(f"a step of {model} has no rows or no time")
     return step

@@ -64,10 +64,14 @@ class Router(nn.Module):
             index = choice.topk(self.top_k, dim=-1).indices
         else:
             index = scores.topk(self.top_k, dim=-1).indices
+        return index, self.weigh(scores, index)
+
+    def weigh(self, scores: Tensor, index: Tensor) -> Tensor:
+        """Scores [N, experts] and chosen experts [N, k] -> their weights float32 [N, k]."""
         weight = scores.gather(1, index)
         if self.normalise and self.top_k > 1:
             weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-        return index, weight * self.scaling
+        return weight * self.scaling
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, hidden] -> expert indices int64 [N, k] and weights float32 [N, k]."""

@@ -21,12 +21,9 @@ from trtvlm.scripts import check_cuda, check_lossless
 @pytest.mark.parametrize("model", [*SIZES, "nano", "nano-draft"])
 def test_decodes_as_the_reference_and_rows_do_not_depend_on_each_other(model: str) -> None:
     config = language_size(model)
-    # With more random layers, a token near the border of two experts may go the other way: that is no error of a kernel.
     config = dataclasses.replace(config, num_hidden_layers=min(2, config.num_hidden_layers))
     row = check_cuda.check(model, config, "int8", 48, 0)
-    assert row["finite"]
-    assert row["error"] < 2e-2
-    assert all(row["same_bits"].values())
+    assert row["ok"], row
 
 
 @pytest.mark.gpu

@@ -408,11 +408,16 @@ FILE: dict[str, Any] = {
     "context": 1024,
     "lm_head": "int8",
     "models": {
-        SMALL: [
-            {"rows": 4, "us": 1500.0, "kernels": {"head": {"us": 50.0, "launches": 1}}},
-            {"rows": 1, "us": 1000.0, "kernels": {"head": {"us": 50.0, "launches": 1, "bytes": 200_000_000}}},
-            {"rows": 1, "fetch_ahead": False, "us": 900.0, "kernels": {}},
-        ]
+        SMALL: {
+            "steps": [
+                {"rows": 4, "ms": {"p50": 1.5}, "kernels": {"head": {"us": 50.0, "launches": 1}}},
+                {
+                    "rows": 1,
+                    "ms": {"p50": 1.0},
+                    "kernels": {"head": {"us": 50.0, "launches": 1, "bytes": 200_000_000}},
+                },
+            ]
+        }
     },
 }
 
@@ -437,8 +442,8 @@ def test_measurements_are_read(tmp_path: Path) -> None:
         [],
         {},
         "text",
-        FILE | {"models": {SMALL: [{"rows": 1, "us": 0, "kernels": {}}]}},
-        FILE | {"models": {SMALL: [{"rows": 1, "us": 1, "kernels": {}}] * 2}},
+        FILE | {"models": {SMALL: {"steps": [{"rows": 1, "ms": {"p50": 0}, "kernels": {}}]}}},
+        FILE | {"models": {SMALL: {"steps": [{"rows": 1, "ms": {"p50": 1}, "kernels": {}}] * 2}}},
         FILE | {"context": None},
     ],
 )
@@ -493,8 +498,7 @@ def test_on_the_measured_gpu_nothing_is_called_a_projection(measured: str) -> No
 
 
 def test_without_a_measurement_there_is_only_a_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("BENCH_H200", "DECODE_H200"):
-        monkeypatch.setattr(bench_results, name, tmp_path / "absent.json")
+    monkeypatch.setattr(bench_results, "BENCH_H200", tmp_path / "absent.json")
     result = _plan("--model", SMALL, "--gpu", "rtx3090")
     assert "No projection for the target, only floors: there is no measurement here." in result.output
     found = json.loads(_plan("--model", SMALL, "--gpu", "rtx3090", "--json").output)

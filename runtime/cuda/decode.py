@@ -120,6 +120,11 @@ class DecodeProgram:
         plain = LinearWeight(layer.proj.codes, layer.proj.scales)
         add_linear(self._inner, plain, self.residual, self.square_sums, rows)
 
+    @property
+    def router_logits(self) -> Tensor | None:
+        """What the last layer with experts that was launched has written: float32 [max_rows, experts]; None: there is none."""
+        return None if self._moe is None else self._moe.logits
+
     def launch_head(self, rows: int, logits: bool) -> None:
         """The final norm and the LM head."""
         head(self.residual, self._norm, self.weights.head, self.found, rows, self.logits if logits else None)
