@@ -85,7 +85,7 @@ constexpr int SHARED_BLOCKS = 0;
 
 // Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
 // the shared expert's.
-extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 1)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
           const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
           const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes) {
