@@ -607,3 +607,20 @@ def test_sizes_that_int4_cannot_store_are_named(tmp_path: Path) -> None:
         "int8_wo": False,
         "int4_awq": True,
     }
+
+
+@pytest.mark.skipif(bench_results.default_results() is None, reason="not a checkout")
+def test_memory_is_planned_as_it_was_measured_on_a_gpu() -> None:
+    """Base with Tiny as its draft, under `trtvlm bench --memory-cap`: within 5%, part by part and in all."""
+    own = bench_results.default_results()
+    assert own is not None
+    measured = json.loads(own.read_text(encoding="utf-8"))["models"]["deepseek-vl2"]["capped_memory"]
+    arguments = ("--model", "deepseek-vl2", "--draft", measured["draft"], "--context", str(measured["positions"]))
+    planned = json.loads(_plan(*arguments, "--gpu", "rtx3090", "--json").output)
+    assert planned["needed_bytes"] == pytest.approx(measured["peak"], rel=0.05)
+    for model, suffix in (("target", ""), ("draft", " of the draft")):
+        parts = planned["models"][model]["parts"]
+        total = sum(part["device_bytes"] for part in parts.values())
+        vision = parts["vision"]["device_bytes"] + parts["projector"]["device_bytes"]
+        assert vision == pytest.approx(measured["parts"]["vision" + suffix], rel=0.05)
+        assert total - vision == pytest.approx(measured["parts"]["weights" + suffix], rel=0.05)
