@@ -65,16 +65,7 @@ def after_router(experts: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
             experts.correction_bias,
         )
     assert isinstance(experts, MoE)
-    index, weight = experts.gate.choose(logits.sigmoid() if experts.gate.sigmoid else logits.softmax(-1))
-    total = torch.zeros_like(x, dtype=torch.float32)
-    for number, expert in enumerate(experts.experts):
-        rows, slot = (index == number).nonzero(as_tuple=True)
-        if rows.numel():
-            total.index_add_(0, rows, expert(x[rows]).float() * weight[rows, slot].unsqueeze(-1))
-    out = total.to(x.dtype)
-    if hasattr(experts, "shared_experts"):
-        out = out + experts.shared_experts(x)
-    return out
+    return experts.mix(x, *experts.gate.choose(logits.sigmoid() if experts.gate.sigmoid else logits.softmax(-1)))
 
 
 Pass = tuple[int, int]

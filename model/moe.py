@@ -93,13 +93,16 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> the same shape."""
         tokens = x.reshape(-1, x.shape[-1])
-        index, weight = self.gate(tokens)
+        return self.mix(tokens, *self.gate(tokens)).view(x.shape)
+
+    def mix(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """tokens [N, hidden] with their experts [N, k] and weights float32 [N, k] -> [N, hidden], shared experts included."""
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for number, expert in enumerate(self.experts):
             rows, slot = (index == number).nonzero(as_tuple=True)
             if rows.numel():
                 out.index_add_(0, rows, expert(tokens[rows]).float() * weight[rows, slot].unsqueeze(-1))
-        return self._add_shared(out.to(x.dtype), tokens).view(x.shape)
+        return self._add_shared(out.to(tokens.dtype), tokens)
 
     def forward_dense(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same sum with every expert run on every token, for training: no data-dependent shape.

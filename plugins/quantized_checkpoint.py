@@ -271,15 +271,19 @@ def load_quantized(folder: str | Path) -> DeepseekVL2:
         model = DeepseekVL2(engine.model_config())
     model = model.to_empty(device="cpu")
     _load_vision(model, engine)
-    language = model.language
-    with torch.no_grad():
-        language.model.embed_tokens.weight.copy_(reader.get("transformer.vocab_embedding.weight"))
-        language.model.norm.weight.copy_(reader.get("transformer.ln_f.weight"))
-        language.lm_head.weight.copy_(reader.float_weight("lm_head"))
-        for index, layer in enumerate(language.model.layers):
-            assert isinstance(layer, DecoderLayer)
-            _fill_float(reader, layer, index)
+    fill_language(reader, model.language)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill_language(reader: QuantizedWeights, language: LanguageModel) -> None:
+    """Give a float language model, in place, the weights that its linear layers multiply by, dequantized."""
+    language.model.embed_tokens.weight.copy_(reader.get("transformer.vocab_embedding.weight"))
+    language.model.norm.weight.copy_(reader.get("transformer.ln_f.weight"))
+    language.lm_head.weight.copy_(reader.float_weight("lm_head"))
+    for index, layer in enumerate(language.model.layers):
+        assert isinstance(layer, DecoderLayer)
+        _fill_float(reader, layer, index)
 
 
 @torch.no_grad()
@@ -429,6 +433,7 @@ __all__ = [
     "LanguageModel",
     "QuantizedReader",
     "QuantizedWeights",
+    "fill_language",
     "float_layer",
     "layer_prefix",
     "layout",

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.compiler import cubin
 
-# What cuda-core calls it has changed.
-_COOPERATIVE = "is_cooperative"
-
 Defines = tuple[tuple[str, int | float], ...]
 
 
@@ -40,20 +37,14 @@ class Kernel:
         block: int,
         *arguments: Tensor | int | float | None,
         shared: int = 0,
-        cooperative: bool = False,
     ) -> None:
-        """Launch. `shared`: dynamic shared memory in bytes; cooperative: all blocks are there at once, or it fails.
-
-        None is a null pointer.
-        """
+        """Launch. `shared`: dynamic shared memory in bytes. None is a null pointer."""
         from cuda.core import LaunchConfig, launch
 
         if shared > max(self._shared, 48 * 1024):
             _allow_shared(self._kernel, shared)
             self._shared = shared
-        config = LaunchConfig(
-            grid=grid, block=block, shmem_size=shared, **({_COOPERATIVE: True} if cooperative else {})
-        )
+        config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
         launch(_stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *map(_argument, arguments))
 
 
@@ -66,7 +57,6 @@ class Launch(Protocol):
         block: int,
         *arguments: Tensor | int | float | None,
         shared: int = 0,
-        cooperative: bool = False,
     ) -> None: ...
 
 

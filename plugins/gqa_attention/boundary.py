@@ -9,9 +9,7 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.memory import Piece, carve, total_bytes
 from trtvlm.plugins.gqa_attention.decode import CHUNK, MOST_POSITIONS, GQAWorkspace, gqa_decode
-
-ROWS = 16
-"""Rows a launch takes; longer passes are cut."""
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS as ROWS  # a launch takes; longer passes are cut
 
 
 @dataclass(frozen=True)

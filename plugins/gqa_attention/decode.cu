@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ __align__(16) u16 mine[16 * (STRIDE > WEIGHT_STRIDE ? STRIDE : WEIGHT_STRIDE)];
     __shared__ float scores[16 * SCORE_STRIDE];
     const int chunk = blockIdx.x, kv_head = blockIdx.y, row0 = blockIdx.z * ROWS, first = chunk * CHUNK;
-    const int rows = less_of(ROWS, all_rows - row0), start = *cursor;
+    const int rows = smaller(ROWS, all_rows - row0), start = *cursor;
     if (first > start + row0 + rows - 1) return;
     // What was cached before; the new positions come out of k and v, as nobody waits for who writes them to the cache.
     constexpr int PIECES = WIDTH / 8;

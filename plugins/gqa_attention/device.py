@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.gqa_attention.decode import MOST_POSITIONS, GQAWorkspace, gqa_decode
-from trtvlm.plugins.int4_linear.decode import COLUMNS
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS
 from trtvlm.plugins.mla_attention.device import rope_tables
-
-FEW = 2 * COLUMNS
 
 
 def supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, scale: float) -> bool:
@@ -19,7 +17,7 @@ def supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, heads: int, scale: flo
     kv_heads, positions, width = k_cache.shape
     return (
         q.dtype == k_cache.dtype == v_cache.dtype == torch.half
-        and 0 < q.shape[0] <= FEW
+        and 0 < q.shape[0] <= MOST_ROWS
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
         and positions <= MOST_POSITIONS

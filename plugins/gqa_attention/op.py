@@ -73,7 +73,7 @@ def gqa_attention_functional(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For export, where values are never overwritten: returns the caches too, which a plugin aliases to its inputs."""
     caches = k_cache.clone(), v_cache.clone()
-    return reference.gqa_attention(q, k, v, *caches, cursor, heads, scale, rope_theta), *caches
+    return gqa_attention(q, k, v, *caches, cursor, heads, scale, rope_theta), *caches
 
 
 @gqa_attention_functional.register_fake
@@ -89,19 +89,3 @@ def _(
     rope_theta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
-
-
-@gqa_attention_functional.register_kernel("cuda")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cursor: Tensor,
-    heads: int,
-    scale: float,
-    rope_theta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    caches = k_cache.clone(), v_cache.clone()
-    return _on_cuda(q, k, v, *caches, cursor, heads, scale, rope_theta), *caches

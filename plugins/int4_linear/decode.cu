@@ -18,9 +18,6 @@ constexpr int INT4_COUNT = INT4_TILES / PAIR, HALF_COUNT = HALF_TILES / PAIR;  /
 constexpr int HALF_BLOCKS = (HALF_COUNT + HALF_BLOCK - 1) / HALF_BLOCK;
 using Part = Slice<INPUTS, WARPS>;
 
-DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
-DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
-
 struct Arguments {
     const void* x;             // half [rows, INPUTS], or float when NORMALISED
     const float* square_sums;  // [rows, INPUTS / 16]

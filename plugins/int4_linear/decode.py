@@ -11,6 +11,8 @@ from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 
 SOURCE = "int4_linear/decode.cu"
 COLUMNS = 8
+MOST_ROWS = 2 * COLUMNS
+"""Rows a decode kernel takes: two tiles of columns."""
 _HALF_OUT, _RESIDUAL, _GATED = 0, 1, 2
 
 
@@ -156,8 +158,8 @@ def _launch(
 
 def check_rows(rows: int) -> None:
     """ValueError unless the kernels take so many rows."""
-    if not 1 <= rows <= 2 * COLUMNS:
-        raise ValueError(f"the decode kernels take 1 to {2 * COLUMNS} rows, not {rows}")
+    if not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"the decode kernels take 1 to {MOST_ROWS} rows, not {rows}")
 
 
 def empty_half(rows: int, width: int, device: torch.device | str = "cuda") -> Tensor:

@@ -8,9 +8,8 @@ from torch import Tensor
 from trtvlm.plugins.cuda.repacked import Repacked
 from trtvlm.plugins.cuda.tiles import INPUTS, ROWS, int4_tiles
 from trtvlm.plugins.int4_linear import decode, gemm
-from trtvlm.plugins.int4_linear.decode import COLUMNS, LinearWeight
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS, LinearWeight
 
-FEW = 2 * COLUMNS
 """Rows up to which the decoding kernels are used: a row's bits do not depend on how many there are."""
 
 
@@ -34,7 +33,7 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, pre_quant_scale: Tens
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     rows = flat.shape[0]
     out = x.new_empty(rows, scales.shape[0])
-    if rows > FEW:
+    if rows > MOST_ROWS:
         assert weight.codes is not None
         assert weight.scales is not None
         gemm.gemm(flat, weight.codes, weight.scales, out, weight.pre_quant_scale)

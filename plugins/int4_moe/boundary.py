@@ -10,12 +10,10 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.memory import Piece, carve, total_bytes
 from trtvlm.plugins.cuda.tiles import int4_tiles
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS as ROWS
 from trtvlm.plugins.int4_linear.decode import LinearWeight, gated_linear
 from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
-
-ROWS = 16
-"""Rows a launch takes; longer passes are cut."""
 
 
 @dataclass(frozen=True)

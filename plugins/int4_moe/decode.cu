@@ -5,9 +5,6 @@
 #include "int4_moe/routing.cuh"
 #include "int4_linear/weights.cuh"
 
-DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
-DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
-
 // The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
 // row has it in, 4 bits a row.
 constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;

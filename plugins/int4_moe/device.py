@@ -12,14 +12,13 @@ from torch import Tensor
 from trtvlm.plugins.cuda.repacked import Repacked
 from trtvlm.plugins.cuda.tiles import INPUTS, int4_tiles
 from trtvlm.plugins.int4_linear import decode as linear
-from trtvlm.plugins.int4_linear.decode import COLUMNS, LinearWeight
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS, LinearWeight
 from trtvlm.plugins.int4_linear.device import half
 from trtvlm.plugins.int4_linear.gemm import gated_gemm, gemm
 from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up
 from trtvlm.plugins.int4_moe.grouped import MAX_EXPERTS, experts
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
-FEW = 2 * COLUMNS
 _AT_ONCE = 8  # experts that are repacked together: codes take many times their size meanwhile
 
 
@@ -68,7 +67,7 @@ def int4_moe(
     beside = (None, None) if shared is None else _packed(shared)
     x, router_logits = x.contiguous(), router_logits.float().contiguous()
     bias = None if correction_bias is None else correction_bias.float().contiguous()
-    if rows <= FEW:
+    if rows <= MOST_ROWS:
         try:
             # The kernels read no router here: its shape is all that matters.
             router = torch.empty(fc.codes.shape[0], x.shape[1], device="meta")

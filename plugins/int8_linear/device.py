@@ -7,10 +7,8 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.repacked import Repacked
 from trtvlm.plugins.cuda.tiles import INPUTS, ROWS
-from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS, Norm
 from trtvlm.plugins.int8_linear.decode import HeadWeight, candidates, head
-
-FEW = 2 * COLUMNS
 
 
 def _pack(codes: Tensor, scales: Tensor) -> HeadWeight:
@@ -24,7 +22,7 @@ def supports(x: Tensor, codes: Tensor) -> bool:
     """Whether the kernel takes these: up to 16 rows of halves, whole tiles of 16 outputs by 64 inputs."""
     outputs, inputs = codes.shape
     whole = inputs > 0 and inputs % INPUTS == 0 and outputs > 0 and outputs % ROWS == 0
-    return x.dtype == torch.half and whole and x.numel() <= FEW * inputs
+    return x.dtype == torch.half and whole and x.numel() <= MOST_ROWS * inputs
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

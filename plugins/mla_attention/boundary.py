@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.cuda.memory import Piece, carve, total_bytes
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS as ROWS  # a launch takes; longer passes are cut
 from trtvlm.plugins.mla_attention.decode import CHUNK, MOST_POSITIONS, MLAWeights, MLAWorkspace, mla_decode
-
-ROWS = 16
-"""Rows a launch takes; longer passes are cut."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
     absorb(const u16* q, const u16* latent, int latent_stride, const u16* k_pe, int k_pe_stride, const uint4* keys,
            const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, u16* latent_cache,
            u16* rope_cache, int all_rows) {
-    const int row0 = blockIdx.y * COLUMNS, rows = less_of(COLUMNS, all_rows - row0);
+    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     if (blockIdx.x >= ABSORB_BLOCKS) {
         const int row = (blockIdx.x - ABSORB_BLOCKS) / APPEND_BLOCKS, part = (blockIdx.x - ABSORB_BLOCKS) % APPEND_BLOCKS;
         if (row >= rows) return;
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     }
     {
         const int head = head0 + warp_id();
-        const u16* from = queries + (size_t(row) * HEADS + less_of(head, HEADS - 1)) * KEY;
+        const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
 #pragma unroll
         for (int piece = lane_id(); piece < KEY / 8; piece += 32)
             copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);

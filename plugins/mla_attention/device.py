@@ -10,10 +10,9 @@ from torch import Tensor
 
 from trtvlm.model.rope import rope_table
 from trtvlm.plugins.cuda.repacked import Repacked
-from trtvlm.plugins.int4_linear.decode import COLUMNS
+from trtvlm.plugins.int4_linear.decode import MOST_ROWS
 from trtvlm.plugins.mla_attention.decode import CHUNK, MOST_POSITIONS, MLAWeights, MLAWorkspace, mla_decode
 
-FEW = 2 * COLUMNS
 _MOST_RANK = 512
 
 
@@ -34,7 +33,7 @@ def supports(
     caches = (latent_cache, k_pe_cache)
     return (
         q.dtype == latent_cache.dtype == k_pe_cache.dtype == torch.half
-        and 0 < rows <= FEW
+        and 0 < rows <= MOST_ROWS
         and all(cache.is_contiguous() for cache in caches)
         and 0 < latent_cache.shape[0] <= MOST_POSITIONS
         and latent_cache.shape[0] % CHUNK == 0  # whole chunks are read, wherever the cursor is

@@ -81,8 +81,7 @@ def mla_attention_functional(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For export, where values are never overwritten: returns the caches too, which a plugin aliases to its inputs."""
     caches = latent_cache.clone(), k_pe_cache.clone()
-    out = reference.mla_attention(q, latent, k_pe, kv_b_proj, *caches, cursor, heads, scale, rope_theta)
-    return out, *caches
+    return mla_attention(q, latent, k_pe, kv_b_proj, *caches, cursor, heads, scale, rope_theta), *caches
 
 
 @mla_attention_functional.register_fake
@@ -101,20 +100,3 @@ def _(
     nope = q.shape[1] // heads - k_pe.shape[1]
     out = q.new_empty(q.shape[0], kv_b_proj.shape[0] - heads * nope)
     return out, torch.empty_like(latent_cache), torch.empty_like(k_pe_cache)
-
-
-@mla_attention_functional.register_kernel("cuda")
-def _(
-    q: Tensor,
-    latent: Tensor,
-    k_pe: Tensor,
-    kv_b_proj: Tensor,
-    latent_cache: Tensor,
-    k_pe_cache: Tensor,
-    cursor: Tensor,
-    heads: int,
-    scale: float,
-    rope_theta: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    caches = latent_cache.clone(), k_pe_cache.clone()
-    return _on_cuda(q, latent, k_pe, kv_b_proj, *caches, cursor, heads, scale, rope_theta), *caches

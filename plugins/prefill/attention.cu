@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     u16* keys = reinterpret_cast<u16*>(shared);    // [POSITIONS][KEY_STRIDE]
     u16* values = keys + POSITIONS * KEY_STRIDE;   // [POSITIONS][VALUE_STRIDE]
     u16* queries = values + POSITIONS * VALUE_STRIDE;  // [ROWS][KEY_STRIDE]
-    const int head = blockIdx.x, row0 = (gridDim.y - 1 - blockIdx.y) * ROWS, here = less_of(ROWS, rows - row0);
+    const int head = blockIdx.x, row0 = (gridDim.y - 1 - blockIdx.y) * ROWS, here = smaller(ROWS, rows - row0);
     const int start = *cursor, end = start + row0 + here;  // positions that the last row here sees
     const int g = lane_id() >> 2, t = lane_id() & 3;
     const Cached cached = {first + size_t(head / SHARE) * first_head, second, value + size_t(head / SHARE) * value_head,

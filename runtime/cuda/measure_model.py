@@ -27,7 +27,8 @@ from trtvlm.runtime.engine import check_pair
 if TYPE_CHECKING:
     from trtvlm.model.config import ModelConfig
     from trtvlm.plugins.quantized_checkpoint import Kind
-    from trtvlm.runtime.cuda.weights import Checkpoint, LanguageWeights
+    from trtvlm.plugins.quantized_checkpoint import QuantizedWeights
+    from trtvlm.runtime.cuda.weights import LanguageWeights
 
 LENGTHS = (256, 1024, 4096)
 TILES = tuple(range(1, 11))
@@ -52,7 +53,7 @@ class Subject:
         """Its configuration. UserError: there is no such model or engine."""
         return read_config(self.source) if self.kind == "random" else EngineDir(Path(self.source)).model_config()
 
-    def checkpoint(self, lm_head: str) -> Checkpoint:
+    def checkpoint(self, lm_head: str) -> QuantizedWeights:
         """Where its weights come from; lm_head is how random ones store the head."""
         if self.kind == "random":
             return RandomCheckpoint(self.config().language, "int4", lm_head)  # type: ignore[arg-type]

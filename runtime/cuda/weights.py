@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,21 +14,7 @@ from trtvlm.plugins.cuda.tiles import half_tiles, int4_tiles
 from trtvlm.plugins.int4_moe.reference import Routing
 from trtvlm.plugins.int8_linear.decode import HeadWeight
 from trtvlm.plugins.mla_attention.decode import MLAWeights
-from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, layer_prefix
-
-
-class Checkpoint(Protocol):
-    """Where tensors come from: `QuantizedReader`, or `RandomCheckpoint`."""
-
-    config: LanguageConfig
-    kind: Kind
-    lm_head: Kind
-
-    def get(self, name: str) -> Tensor:
-        """One tensor by its TensorRT-LLM name."""
-
-    def optional(self, name: str) -> Tensor | None:
-        """The tensor if the checkpoint's layout has it."""
+from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, QuantizedWeights, layer_prefix
 
 
 @dataclass(frozen=True)
@@ -99,7 +84,7 @@ class LanguageWeights:
 
 
 def load_weights(
-    checkpoint: Checkpoint, device: torch.device | str = "cuda", layers: int | None = None
+    checkpoint: QuantizedWeights, device: torch.device | str = "cuda", layers: int | None = None
 ) -> LanguageWeights:
     """Bring a checkpoint to the device, layer by layer: at most one layer is there in both orders.
 
@@ -132,7 +117,7 @@ def load_weights(
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: QuantizedWeights, device: torch.device) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.config = checkpoint.config
 

@@ -106,9 +106,7 @@ class EmulatedKernel:
         kinds.restype = ctypes.c_char_p
         self._kinds: str = kinds().decode()
 
-    def __call__(
-        self, grid: tuple[int, ...], block: int, *arguments: Argument, shared: int = 0, cooperative: bool = False
-    ) -> None:
+    def __call__(self, grid: tuple[int, ...], block: int, *arguments: Argument, shared: int = 0) -> None:
         """Launch, and wait. EmulationError: see the module."""
         _state.launches += 1
         schedule = _state.schedule
@@ -119,7 +117,7 @@ class EmulatedKernel:
             ORDERS.index(schedule.order),
             schedule.seed + _state.launches,
             schedule.resident,
-            schedule.together or cooperative,
+            schedule.together,
             schedule.stack,
         )
         with _guarded([a for a in arguments if isinstance(a, Tensor)], schedule.guarded) as places:

@@ -40,7 +40,7 @@ def kernel(name: str, parameters: str, body: str) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("kernels") / "kernels.cu"
     kernels = [KERNEL.format(name=name, parameters=p, body=body) for name, (p, body) in KERNELS.items()]
-    file.write_text('#include "common.cuh"' + TEMPLATE + "".join(kernels))
+    file.write_text('#include "common.cuh"\n' + COUNTERS + TEMPLATE + "".join(kernels))
     return file
 
 
@@ -77,6 +77,18 @@ def test_a_barrier_is_waited_for_and_its_absence_seen(launch: Launch, order: str
             assert torch.equal(out.long(), expected) == (name == "reverse")
 
 
+COUNTERS = r"""
+// Blocks of one launch wait for each other through counters: add_release makes all that the block wrote before (and its
+// threads saw, through __syncthreads) visible to whoever then reads the sum with load_acquire.
+DEVICE void add_release(u32* counter, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+DEVICE u32 load_acquire(const u32* counter) {
+    u32 out;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(out) : "l"(counter) : "memory");
+    return out;
+}
+"""
 TEMPLATE = """
 template <int N> DEVICE int* of_a_template() {
     __shared__ int values[N];

@@ -5,8 +5,6 @@
 constexpr u32 EVERY_LANE = 0xffffffffu;
 constexpr float MINUS_INFINITY = -3.0e38f;  // below any score, and its exponential is 0
 
-DEVICE constexpr int less_of(int a, int b) { return a < b ? a : b; }
-
 // Two 8 x 8 matrices; lane i < 16 gives the address of row i % 8 of matrix i / 8.
 DEVICE void load_matrix_pair(u32& first, u32& second, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"

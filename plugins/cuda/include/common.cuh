@@ -10,6 +10,9 @@ typedef signed char i8;
 
 #define DEVICE __device__ __forceinline__
 
+DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 DEVICE int lane_id() { return threadIdx.x & 31; }
 DEVICE int warp_id() { return threadIdx.x >> 5; }
 
@@ -79,17 +82,6 @@ DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int pending>
 DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending));
-}
-
-// Blocks of one launch wait for each other through counters: add_release makes all that the block wrote before (and its
-// threads saw, through __syncthreads) visible to whoever then reads the sum with load_acquire.
-DEVICE void add_release(u32* counter, u32 value) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-}
-DEVICE u32 load_acquire(const u32* counter) {
-    u32 out;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(out) : "l"(counter) : "memory");
-    return out;
 }
 
 DEVICE void fetch_line(const char* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
