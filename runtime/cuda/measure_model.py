@@ -26,8 +26,7 @@ from trtvlm.runtime.engine import check_pair
 
 if TYPE_CHECKING:
     from trtvlm.model.config import ModelConfig
-    from trtvlm.plugins.quantized_checkpoint import Kind
-    from trtvlm.plugins.quantized_checkpoint import QuantizedWeights
+    from trtvlm.plugins.quantized_checkpoint import Kind, QuantizedWeights
     from trtvlm.runtime.cuda.weights import LanguageWeights
 
 LENGTHS = (256, 1024, 4096)
