@@ -30,6 +30,8 @@ class Kernel:
         self._module = ObjectCode.from_cubin(cubin(path, macros, arch))
         self._kernel = self._module.get_kernel(name)
         self._shared = 0
+        # One division of L1 for all: a multiprocessor changes it only when it is idle, so kernels that differ cannot overlap.
+        _set_attribute(self._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
 
     def __call__(
         self,
@@ -42,7 +44,8 @@ class Kernel:
         from cuda.core import LaunchConfig, launch
 
         if shared > max(self._shared, 48 * 1024):
-            _allow_shared(self._kernel, shared)
+            # More than 48 KB must be asked for.
+            _set_attribute(self._kernel, "MAX_DYNAMIC_SHARED_SIZE_BYTES", shared)
             self._shared = shared
         config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
         launch(_stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *map(_argument, arguments))
@@ -94,12 +97,11 @@ def _stream(handle: int) -> Any:
     return Stream.from_handle(handle)
 
 
-def _allow_shared(kernel: Any, size: int) -> None:
-    """Kernels must ask for more than 48 KB of shared memory."""
+def _set_attribute(kernel: Any, name: str, value: int) -> None:
     from cuda.bindings import driver
 
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
     handle = driver.CUkernel(int(kernel.handle)) if hasattr(driver, "CUkernel") else kernel.handle
-    (status,) = driver.cuKernelSetAttribute(attribute, size, handle, driver.CUdevice(torch.cuda.current_device()))
+    (status,) = driver.cuKernelSetAttribute(attribute, value, handle, driver.CUdevice(torch.cuda.current_device()))
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{size} bytes of shared memory were refused: {status}")
+        raise RuntimeError(f"{name} {value} of a kernel was refused: {status}")

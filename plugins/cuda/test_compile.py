@@ -78,5 +78,7 @@ def test_experts(model: str, arch: str) -> None:
         NORMALISE=int(config.norm_topk_prob), SCALING=float(config.routed_scaling_factor), BIASED=int(sigmoid),
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
-    shared = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=4, normalised=True)
-    check(moe.SOURCE, dict(macros), arch, {"route": 256, "experts_up": 128, "experts_down": 256}, shared)
+    route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
+    shared = max(route, moe.down_shared_bytes(width))
+    threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 256}
+    check(moe.SOURCE, dict(macros), arch, threads, shared)

@@ -30,7 +30,7 @@ DEVICE void rotate(const u16* from, const float* cosines, const float* sines, in
 
 // A chunk's scores under the queries of a key head and 8 rows (`mine`, whose place the weights take), and its share of their outputs.
 DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* scores, float scale, int start, int row0, int rows,
-                         int chunks, float* outputs, Share* shares) {
+                         int chunks, u16* outputs, Share* shares) {
     const int chunk = blockIdx.x, kv_head = blockIdx.y, first = chunk * CHUNK;
     const int g = lane_id() >> 2, t = lane_id() & 3;
     float score[4] = {0.f, 0.f, 0.f, 0.f};
@@ -68,7 +68,7 @@ DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* s
         }
         sum = warp_sum(sum);
         if (lane_id() == 0 && m < rows * GROUP)
-            shares[(size_t(row) * chunks + chunk) * HEADS + kv_head * GROUP + m % GROUP] = Share{peak, sum};
+            shares[(size_t(row) * chunks + chunk) * HEADS + kv_head * GROUP + m % GROUP] = Share{peak, sum / CHUNK};
     }
     __syncthreads();
 
@@ -90,8 +90,8 @@ DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* s
             const int m = g + 8 * half;
             if (m < rows * GROUP) {
                 const int row = row0 + m / GROUP, head = kv_head * GROUP + m % GROUP;
-                float* to = outputs + ((size_t(row) * chunks + chunk) * HEADS + head) * WIDTH + tile * 8 + 2 * t;
-                *reinterpret_cast<float2*>(to) = float2{sum[2 * half], sum[2 * half + 1]};
+                u16* to = outputs + ((size_t(row) * chunks + chunk) * HEADS + head) * WIDTH + tile * 8 + 2 * t;
+                *reinterpret_cast<u32*>(to) = floats_to_halves(sum[2 * half] / CHUNK, sum[2 * half + 1] / CHUNK);
             }
         }
     }
@@ -99,11 +99,11 @@ DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* s
 
 // Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. q half [rows,
 // HEADS * WIDTH], k and v half [rows, KV_HEADS * WIDTH], their rows a stride apart, caches half [KV_HEADS, span, WIDTH],
-// tables float [positions, WIDTH / 2]; outputs float [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
+// tables float [positions, WIDTH / 2]; outputs half [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
            const float* sines, const int* cursor, float scale, u16* key_cache,
-           u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead,
+           u16* value_cache, int span, u16* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead,
            int ahead_count, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     if (blockIdx.x >= room) {
@@ -165,23 +165,20 @@ constexpr int PARTS = (WIDTH + PIECE - 1) / PIECE;
 
 // A warp a row, head and piece of its columns. out half [rows, HEADS * WIDTH]. `room`: chunks that the step's span has.
 extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
-    combine(const float* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int room, int rows,
+    combine(const u16* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int room, int rows,
             TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     const int most = rows * HEADS * PARTS, mine = blockIdx.x * COMBINE_WARPS + warp_id(), unit = smaller(mine, most - 1);
-    const int head = unit / PARTS % HEADS, row = unit / (PARTS * HEADS), lane = lane_id() & 15;
+    const int head = unit / PARTS % HEADS, row = unit / (PARTS * HEADS), lane = lane_id() & 7;
     const int count = (*cursor + row) / CHUNK + 1;
     const size_t at = size_t(row) * chunks * HEADS + head;
     // The last columns again where a piece ends early.
-    const int column = unit % PARTS * PIECE + 4 * lane, last = WIDTH - 4;
+    const int column = unit % PARTS * PIECE + 8 * lane, last = WIDTH - 8;
     const int back = column > last ? column - last : 0;
     await_turn(turn);
-    const float4 mean =
-        merge_chunks<MOST_CHUNKS>(shares + at, HEADS, outputs + at * WIDTH + column - 4 * lane - back, HEADS * WIDTH, count, room);
-    if (mine < most && lane_id() < 16 && !back) {
-        uint2 halves;
-        halves.x = floats_to_halves(mean.x, mean.y), halves.y = floats_to_halves(mean.z, mean.w);
-        *reinterpret_cast<uint2*>(out + size_t(row) * HEADS * WIDTH + head * WIDTH + column) = halves;
-    }
+    const Merged mean =
+        merge_chunks<MOST_CHUNKS>(shares + at, HEADS, outputs + at * WIDTH + column - 8 * lane - back, HEADS * WIDTH, count, room);
+    if (mine < most && lane_id() < 8 && !back)
+        *reinterpret_cast<uint4*>(out + size_t(row) * HEADS * WIDTH + head * WIDTH + column) = merged_halves(mean);
     finish_turn(turn);
 }

@@ -21,7 +21,7 @@ _WARPS, _COMBINE_WARPS = 8, 4
 
 @dataclass(frozen=True)
 class GQAWorkspace:
-    """Buffers of a step: each chunk's outputs and shares for every row and head."""
+    """Buffers of a step: each chunk's outputs (half) and shares for every row and head."""
 
     outputs: Tensor
     shares: Tensor
@@ -33,7 +33,7 @@ class GQAWorkspace:
         if positions > MOST_POSITIONS:
             raise ValueError(f"the attention kernels merge at most {MOST_POSITIONS} positions, not {positions}")
         chunks = -(-positions // CHUNK)
-        outputs = torch.empty(rows * chunks, heads, width, device=device)
+        outputs = torch.empty(rows * chunks, heads, width, dtype=torch.half, device=device)
         return cls(outputs, torch.empty(rows * chunks, heads, 2, device=device), chunks)
 
 

@@ -17,7 +17,7 @@ static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 
 #if SHARED
 constexpr int SHARED_TILES = SHARED / TILE_ROWS;
-constexpr int SHARED_PAIRS = SHARED_TILES >= 128 ? 2 : 1;  // pairs of up and gate tiles a block
+constexpr int SHARED_PAIRS = 1;  // pairs of up and gate tiles a block
 constexpr int SHARED_BLOCKS = (SHARED_TILES + SHARED_PAIRS - 1) / SHARED_PAIRS;
 using Shared = Slice<HIDDEN, ROUTE_WARPS>;
 
@@ -88,7 +88,8 @@ DEVICE void router_logits(const float* residual, const float* square_sums, const
     RouterRow<ROUTER_PARTS> held;
     if (expert < EXPERTS) held.load(router, norm, expert, warp_id() % ROUTER_PARTS);
     await_turn(turn);
-    if (expert < EXPERTS) held.multiply(residual, square_sums, eps, rows, [&](int row, float sum) { sums[row][warp_id()] = sum; });
+    if (expert < EXPERTS)
+        held.multiply(residual, square_sums, eps, rows, [&](int row, float sum) { sums[row][warp_id()] = sum; });
     __syncthreads();
     const int row = threadIdx.x / ROUTER_EXPERTS, mine = threadIdx.x % ROUTER_EXPERTS;
     if (row < rows && blockIdx.x * ROUTER_EXPERTS + mine < EXPERTS)
@@ -114,7 +115,7 @@ DEVICE void expert_inputs(const float* residual, const float* square_sums, const
 
 // Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
 // the shared expert's.
-extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 1)
+extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
           const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
           const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
@@ -142,8 +143,9 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 1)
 constexpr int UP_WARPS = 4;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
-// Blocks a multiprocessor has room for: with wide experts more of them, that one turn of an H200 is enough for one row.
-constexpr int UP_BLOCKS = EXPERT_TILES * TOP_K > 528 ? 5 : 4;
+constexpr int UP_BLOCKS = 4;
+constexpr int UP_TILES = 1;  // tiles a block, with their gates
+constexpr int UP_DEPTH = 3;
 
 // What a row that takes no part gives is never used, so it is any row that is there.
 DEVICE Activation load_direct(const u16* row, int group) {
@@ -165,48 +167,54 @@ struct Chosen {
     }
 };
 
-// One expert's 16 outputs for its rows.
+// Some of one expert's outputs, for its rows.
 DEVICE void expert_up(const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
                       u16* hidden, int rows) {
-    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
-    constexpr int DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3), GROUPS = Up::GROUPS;
-    const int tile = blockIdx.x;
-    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES;
-    codes += (first + tile) * GROUPS * 32;
-    scales += (first + tile) * GROUPS * 8;
-    Int4Weight weight[DEPTH][2];
+    constexpr int TILES = 2 * UP_TILES, OUTPUTS = UP_TILES * COLUMNS * TILE_ROWS, GROUPS = Up::GROUPS;
+    __shared__ float partials[UP_WARPS][TILES * COLUMNS * PARTIAL_COLUMN];
+    constexpr int DEPTH = smaller(Up::STEPS, UP_DEPTH);
+    const int tile0 = blockIdx.x * UP_TILES;
+    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES + tile0;
+    codes += first * GROUPS * 32;
+    scales += first * GROUPS * 8;
+    Int4Weight weight[DEPTH][TILES];
     Activation x[DEPTH];
     const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
     auto load = [&](int step) {
         if (Up::has(step)) {
-            weight[step % DEPTH][0].load(codes, scales, Up::group(step));
-            weight[step % DEPTH][1].load(codes, scales, EXPERT_TILES * GROUPS + Up::group(step));
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+                weight[step % DEPTH][r].load(codes, scales, (r % UP_TILES + r / UP_TILES * EXPERT_TILES) * GROUPS + Up::group(step));
             x[step % DEPTH] = load_direct(row, Up::group(step));
         }
     };
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load(step);
-    float sum[2][4] = {};
+    float sum[TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < Up::STEPS; ++step) {
         if (Up::has(step)) {
-            weight[step % DEPTH][0].multiply(sum[0], x[step % DEPTH]);
-            weight[step % DEPTH][1].multiply(sum[1], x[step % DEPTH]);
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], x[step % DEPTH]);
         }
         if (step + DEPTH < Up::STEPS) load(step + DEPTH);
     }
-    store_partial(partials[warp_id()], sum[0], COLUMNS);
-    store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) store_partial(partials[warp_id()] + r * COLUMNS * PARTIAL_COLUMN, sum[r], COLUMNS);
     __syncthreads();
-    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
-    if (!(entry.rows >> column & 1)) return;
-    const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
-    const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
-    const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);
-    float y = up * silu(gate);
-    if (next_scale) y *= half_to_float(next_scale[output]);
-    const int slot = entry.slots >> (4 * column) & 15;
-    hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+#pragma unroll
+    for (int index = threadIdx.x; index < OUTPUTS; index += 32 * UP_WARPS) {
+        const int r = index / (COLUMNS * TILE_ROWS), column = index / TILE_ROWS % COLUMNS;
+        const int output = (tile0 + r) * TILE_ROWS + (index & 15);
+        if (!(entry.rows >> column & 1)) continue;
+        const float* at = partials[0] + (r * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        const float up = sum_partials<UP_WARPS>(at, TILES * COLUMNS * PARTIAL_COLUMN);
+        const float gate = sum_partials<UP_WARPS>(at + UP_TILES * COLUMNS * PARTIAL_COLUMN, TILES * COLUMNS * PARTIAL_COLUMN);
+        float y = up * silu(gate);
+        if (next_scale) y *= half_to_float(next_scale[output]);
+        const int slot = entry.slots >> (4 * column) & 15;
+        hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+    }
 }
 
 // Block (tile, entry, tile of rows). hidden half [rows, TOP_K, WIDTH].
@@ -233,39 +241,73 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 }
 
 constexpr int DOWN_WARPS = 8;
-constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
-constexpr int DOWN_DEPTH = smaller(DOWN_GROUPS, 11);
+constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, DOWN_TILES = HIDDEN / TILE_ROWS;
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
-// The second half of an expert, or of a part of the shared one: the whole of K in one warp, in order, so that nothing decides a
-// row's result but that row.
-struct DownUnit {
-    Int4Weight weight[DOWN_DEPTH];
+// Where a unit's tiles of weights start: part `unit` of the shared expert, or expert `expert`.
+struct DownTiles {
     const uint4* codes;
     const u32* scales;
-    int first_group;
+    int first;
 
-    DEVICE void start(const uint4* all_codes, const u32* all_scales, int group) {
-        codes = all_codes, scales = all_scales, first_group = group;
-#pragma unroll
-        for (int step = 0; step < DOWN_DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
-    }
-
-    DEVICE void multiply(float (&sum)[4], const u16* row) {
-        Activation x[DOWN_DEPTH];
-#pragma unroll
-        for (int step = 0; step < DOWN_DEPTH; ++step) x[step] = load_direct(row, step);
-#pragma unroll
-        for (int step = 0; step < DOWN_GROUPS; ++step) {
-            weight[step % DOWN_DEPTH].multiply(sum, x[step % DOWN_DEPTH]);
-            if (step + DOWN_DEPTH < DOWN_GROUPS) {
-                weight[step % DOWN_DEPTH].load(codes, scales, first_group + step + DOWN_DEPTH);
-                x[step % DOWN_DEPTH] = load_direct(row, step + DOWN_DEPTH);
-            }
-        }
+    DEVICE static DownTiles of(int unit, int expert, const uint4* codes, const u32* scales, const uint4* shared_codes,
+                               const u32* shared_scales) {
+        const int tile = blockIdx.x;
+        if (unit < SHARED_PARTS)
+            return DownTiles{shared_codes, shared_scales, tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS};
+        return DownTiles{codes, scales, (expert * DOWN_TILES + tile) * DOWN_GROUPS};
     }
 };
+
+// What the end of a block adds to the residual stream: before[0] of this thread's row and output, and the units' sums.
+DEVICE void add_units(float* residual, float* square_sums, float before, const float (*weights)[TOP_K],
+                      const float (*routed)[TOP_K][TILE_ROWS], const float (*shared_sum)[COLUMNS][TILE_ROWS], int row0, int rows) {
+    constexpr int OUTPUTS = COLUMNS * TILE_ROWS;
+    if (threadIdx.x >= OUTPUTS) return;  // whole warps
+    const int row = threadIdx.x >> 4, tile = blockIdx.x, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    float y = 0.f;
+    if (row < rows) {
+#pragma unroll
+        for (int slot = 0; slot < TOP_K; ++slot) y += weights[row][slot] * routed[row][slot][threadIdx.x & 15];
+#pragma unroll
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][row][threadIdx.x & 15];
+        y += before;
+    }
+    float square = y * y;
+    // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
+#pragma unroll
+    for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
+    if (row < rows) {
+        residual[size_t(row0 + row) * HIDDEN + output] = y;
+        if ((threadIdx.x & 15) == 0) square_sums[(row0 + row) * DOWN_TILES + tile] = square;
+    }
+}
+
+// What this thread's output of the residual stream was.
+DEVICE float residual_before(const float* residual, int row0, int rows) {
+    const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
+    return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
+}
+
+// The whole of K in one warp, in order: nothing decides a result but its own row.
+DEVICE void down_unit(float (&sum)[4], const DownTiles& at, const u16* row) {
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
+    Int4Weight weight[DEPTH];
+    Activation x[DEPTH];
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) weight[step].load(at.codes, at.scales, at.first + step);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
+#pragma unroll
+    for (int step = 0; step < DOWN_GROUPS; ++step) {
+        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
+        if (step + DEPTH < DOWN_GROUPS) {
+            weight[step % DEPTH].load(at.codes, at.scales, at.first + step + DEPTH);
+            x[step % DEPTH] = load_direct(row, step + DEPTH);
+        }
+    }
+}
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: parts of the shared expert, then
 // the rows' experts.
@@ -276,53 +318,27 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
     __shared__ float weights[COLUMNS][TOP_K];
     __shared__ Chosen<DOWN_WARPS> work;
-    __shared__ int own[DOWN_WARPS][TOP_K];
     const Turn turn = {turns, index, before};
-    constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
-    const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
-    const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    const float was = residual_before(residual, row0, rows);
     logits += row0 * EXPERTS;
-    float before_sum = 0.f;
-    if (threadIdx.x < OUTPUTS && out_row < rows) before_sum = residual[size_t(row0 + out_row) * HIDDEN + output];
-
-    // The logits are of the launch before the last: the choice, and the first weights, wait for nobody.
-    int units = SHARED_PARTS + TOP_K;
-    if (all_rows == 1) {
-        if (warp_id() >= SHARED_PARTS || warp_id() == 0) choose_experts(logits, bias, own[warp_id()], TOP_K);
-        __syncwarp();
-    } else {
-        units = SHARED_PARTS + work.list(logits, bias, rows);
-    }
-    auto entry_of = [&](int unit) {
-        const int at = unit - SHARED_PARTS;
-        return all_rows == 1 ? Entry{own[warp_id()][at], 1, u32(at)} : work.entries[at];
-    };
-    DownUnit held;
-    Entry entry;
-    auto start = [&](int unit) {
-        if (unit < SHARED_PARTS) {
-            held.start(shared_codes, shared_scales, tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS);
-        } else if (unit < units) {
-            entry = entry_of(unit);
-            held.start(codes, scales, (entry.expert * TILES + tile) * DOWN_GROUPS);
-        }
-    };
-    start(warp_id());
-    for (int row = warp_id(); row < rows; row += DOWN_WARPS)
-        weigh_experts(logits + row * EXPERTS, all_rows == 1 ? own[0] : work.chosen[row], weights[row]);
+    const int units = SHARED_PARTS + work.list(logits, bias, rows);
+    for (int row = warp_id(); row < rows; row += DOWN_WARPS) weigh_experts(logits + row * EXPERTS, work.chosen[row], weights[row]);
     await_turn(turn);
 
     for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        if (unit != warp_id()) start(unit);
         if (unit < SHARED_PARTS) {
-            held.multiply(sum, shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH);
+            const DownTiles at = DownTiles::of(unit, 0, codes, scales, shared_codes, shared_scales);
+            down_unit(sum, at, shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH);
 #pragma unroll
             for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
             continue;
         }
-        held.multiply(sum, hidden + (size_t(row0 + in_row) * TOP_K + (entry.slots >> (4 * in_row) & 15)) * WIDTH);
+        const Entry entry = work.entries[unit - SHARED_PARTS];
+        const DownTiles at = DownTiles::of(unit, entry.expert, codes, scales, shared_codes, shared_scales);
+        down_unit(sum, at, hidden + (size_t(row0 + in_row) * TOP_K + (entry.slots >> (4 * in_row) & 15)) * WIDTH);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = column + (i & 1);
@@ -330,23 +346,93 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
         }
     }
     __syncthreads();
-    if (threadIdx.x < OUTPUTS) {  // whole warps
-        float y = 0.f;
-        if (out_row < rows) {
+    add_units(residual, square_sums, was, weights, routed, shared_sum, row0, rows);
+    finish_turn(turn);
+}
+
+// ---- experts_down of one row --------------------------------------------------------------------------------------
+
+// All of a unit's weights are asked for before the wait: the first groups wait in registers, the others in shared memory, each lane's
+// for itself.
+constexpr int HELD_GROUPS = smaller(DOWN_GROUPS, 7), LANDED_GROUPS = DOWN_GROUPS - HELD_GROUPS;
+constexpr int UNIT_BYTES = LANDED_GROUPS * (512 + 32) + WIDTH * 2;  // of shared memory a warp: codes, scales, inputs
+
+struct LandedUnit {
+    Int4Weight held[HELD_GROUPS];
+
+    DEVICE void ask(const DownTiles& at, uint4* landing) {
 #pragma unroll
-            for (int slot = 0; slot < TOP_K; ++slot) y += weights[out_row][slot] * routed[out_row][slot][threadIdx.x & 15];
+        for (int step = 0; step < HELD_GROUPS; ++step) held[step].load(at.codes, at.scales, at.first + step);
 #pragma unroll
-            for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
-            y += before_sum;
+        for (int i = 0; i < LANDED_GROUPS; ++i) {
+            const size_t tile = at.first + HELD_GROUPS + i;
+            copy_async(landing + i * 32 + lane_id(), at.codes + tile * 32 + lane_id());
         }
-        float square = y * y;
-        // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
+        const u32* landed_scales = at.scales + size_t(at.first + HELD_GROUPS) * 8;
+        for (int i = lane_id(); i < 2 * LANDED_GROUPS; i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, landed_scales + 4 * i);
+        copy_commit();
+    }
+
+    // x: the row, in shared memory. In down_unit's order.
+    DEVICE void multiply(float (&sum)[4], const uint4* landing, const u16* x) const {
+        const bool present = lane_id() < 4;
+        const u32* scales = reinterpret_cast<const u32*>(landing + LANDED_GROUPS * 32) + (lane_id() >> 2);
 #pragma unroll
-        for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
-        if (out_row < rows) {
-            residual[size_t(row0 + out_row) * HIDDEN + output] = y;
-            if ((threadIdx.x & 15) == 0) square_sums[(row0 + out_row) * TILES + tile] = square;
+        for (int step = 0; step < DOWN_GROUPS; ++step) {
+            const Activation now = load_activation(x, 0, step, present);
+            if (step < HELD_GROUPS) {
+                held[step].multiply(sum, now);
+            } else {
+                const int i = step - HELD_GROUPS;
+                int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], now);
+            }
         }
     }
+};
+
+// Block (tile): 16 values of the residual stream. A warp a unit.
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
+    experts_down_row(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
+                     const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
+                     TurnCounters* turns, int index, int before) {
+    __shared__ float routed[1][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS], weights[1][TOP_K];
+    __shared__ int chosen[DOWN_WARPS][TOP_K];
+    extern __shared__ uint4 shared[];
+    uint4* landing = shared + warp_id() * (UNIT_BYTES / 16);
+    u16* x = reinterpret_cast<u16*>(landing + LANDED_GROUPS * 34);
+    const Turn turn = {turns, index, before};
+    constexpr int UNITS = SHARED_PARTS + TOP_K;
+    const float was = residual_before(residual, 0, 1);
+    LandedUnit unit_weights;
+    // The logits are of the launch before the last: the choice waits for nobody, and every warp makes it for itself.
+    auto ask = [&](int unit) {
+        const int expert = unit < SHARED_PARTS ? 0 : chosen[warp_id()][unit - SHARED_PARTS];
+        unit_weights.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), landing);
+    };
+    if (warp_id() < SHARED_PARTS) ask(warp_id());
+    choose_experts(logits, bias, chosen[warp_id()], TOP_K);
+    __syncwarp();
+    if (warp_id() >= SHARED_PARTS && warp_id() < UNITS) ask(warp_id());
+    if (warp_id() == 0) weigh_experts(logits, chosen[0], weights[0]);
+    await_turn(turn);
+
+    for (int unit = warp_id(); unit < UNITS; unit += DOWN_WARPS) {
+        if (unit != warp_id()) ask(unit);
+        const u16* row = unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH;
+        for (int i = lane_id(); i < WIDTH / 8; i += 32) copy_async(x + i * 8, row + i * 8);
+        copy_commit();
+        copy_wait<0>();
+        __syncwarp();
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        unit_weights.multiply(sum, landing, x);
+        __syncwarp();
+        if ((lane_id() & 3) == 0) {  // column 0
+            float* to = unit < SHARED_PARTS ? shared_sum[unit][0] : routed[0][unit - SHARED_PARTS];
+            to[lane_id() >> 2] = sum[0];
+            to[(lane_id() >> 2) + 8] = sum[2];
+        }
+    }
+    __syncthreads();
+    add_units(residual, square_sums, was, weights, routed, shared_sum, 0, 1);
     finish_turn(turn);
 }

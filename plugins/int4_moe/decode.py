@@ -119,11 +119,10 @@ def route(
     check_rows(rows)
     experts, hidden = weights.router.shape
     shared_tiles = weights.shared_width // 16
-    pairs = 2 if shared_tiles >= 128 else 1
-    blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + -(-shared_tiles // pairs)
+    blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + shared_tiles
     grid = (blocks, -(-rows // COLUMNS))
     fc, proj = weights.shared_fc, weights.shared_proj
-    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2 * pairs, normalised=True)
+    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router,
@@ -156,9 +155,20 @@ def experts_down(
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
     shared = weights.shared_proj
-    launch_in_turn(
-        turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
-        32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
+    grid, block = (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS
+    arguments = (
+        workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
-        square_sums, rows,
+        square_sums,
     )  # fmt: skip
+    if rows == 1:
+        launch = kernel(SOURCE, "experts_down_row", weights.macros)
+        launch_in_turn(turns, launch, grid, block, *arguments, shared=down_shared_bytes(weights.width))
+    else:
+        launch_in_turn(turns, kernel(SOURCE, "experts_down", weights.macros), grid, block, *arguments, rows)
+
+
+def down_shared_bytes(width: int) -> int:
+    """Shared memory of a block of `experts_down_row`: of each warp the groups that registers do not hold, and its inputs."""
+    groups = width // 64
+    return _DOWN_WARPS * ((512 + 32) * (groups - min(groups, 7)) + 2 * width)

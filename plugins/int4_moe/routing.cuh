@@ -41,7 +41,7 @@ struct RouterRow {
     template <class Store>
     DEVICE void multiply(const float* residual, const float* square_sums, float eps, int rows, Store store) const {
         const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
-#pragma unroll 2
+#pragma unroll 1
         for (int row = 0; row < rows; ++row) {
             const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
             float sum = 0.f;

@@ -157,7 +157,7 @@ DEVICE void load_keys(u16* keys, const u16* latent_cache, const u16* rope_cache,
 // A chunk's scores under the queries of 16 heads, and its share of their outputs. outputs [HEADS, RANK] and shares [HEADS] of this
 // row and chunk; `seen` positions count from the chunk's first.
 DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* scores, float scale, int seen, int head0,
-                         float* outputs, Share* shares) {
+                         u16* outputs, Share* shares) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
     {
         const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
@@ -191,14 +191,18 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
         const u16 weight = float_to_half(exp2f(score - peak));
         const float sum = warp_sum(half_to_float(weight));
         weights[head * WEIGHT_STRIDE + lane_id()] = weight;
-        if (lane_id() == 0 && head0 + head < HEADS) shares[head0 + head] = Share{peak, sum};
+        if (lane_id() == 0 && head0 + head < HEADS) shares[head0 + head] = Share{peak, sum / CHUNK};
     }
     __syncthreads();
 
     u32 a[2][4];
     load_a(a[0], weights, WEIGHT_STRIDE);
     load_a(a[1], weights + 16, WEIGHT_STRIDE);
-    float* out = outputs + head0 * RANK;
+    u16* out = outputs + head0 * RANK;
+    auto store = [&](int head, int column, float x, float y) {
+        if (head0 + head < HEADS)
+            *reinterpret_cast<u32*>(out + size_t(head) * RANK + column) = floats_to_halves(x / CHUNK, y / CHUNK);
+    };
 #pragma unroll 4
     for (int tile = warp_id(); tile < RANK / 8; tile += ATTEND_WARPS) {
         u32 b[4];
@@ -207,15 +211,15 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
         mma_16x8x16(sum, a[0], b[0], b[1]);
         mma_16x8x16(sum, a[1], b[2], b[3]);
         const int column = tile * 8 + 2 * t;
-        if (head0 + g < HEADS) *reinterpret_cast<float2*>(out + size_t(g) * RANK + column) = float2{sum[0], sum[1]};
-        if (head0 + g + 8 < HEADS) *reinterpret_cast<float2*>(out + size_t(g + 8) * RANK + column) = float2{sum[2], sum[3]};
+        store(g, column, sum[0], sum[1]);
+        store(g + 8, column, sum[2], sum[3]);
     }
 }
 
-// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs float [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
+// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs half [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
 // how many the workspace has room for. Scores are in units of log2(e).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend(const u16* queries, const u16* latent_cache, const u16* rope_cache, const int* cursor, float scale, float* outputs,
+    attend(const u16* queries, const u16* latent_cache, const u16* rope_cache, const int* cursor, float scale, u16* outputs,
            Share* shares, int chunks, int room, const u64* ahead, int ahead_count, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
@@ -261,8 +265,8 @@ using Mixed = Slice<RANK, COMBINE_WARPS>;
 
 // Block (head, part of its values), row. values half tiles [HEADS, VALUE / 16, RANK / 64]; out half [rows, HEADS * VALUE].
 // `room`: chunks that the step's span has.
-extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES > 2 ? 2 : 1)
-    combine(const float* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room,
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 : 2)
+    combine(const u16* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room,
             TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     __shared__ __align__(16) u16 mixed[COMBINE_WARPS][Mixed::STRIDE];
@@ -270,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES >
     const int head = blockIdx.x / COMBINE_PARTS, tile0 = blockIdx.x % COMBINE_PARTS * COMBINE_TILES, row = blockIdx.y;
     const int count = (*cursor + row) / CHUNK + 1;
     // Weights of few tiles are asked for at once; many would leave no registers to the merging of another block beside.
-    constexpr bool EARLY = COMBINE_TILES <= 2;
+    constexpr bool EARLY = COMBINE_TILES == 1;
     HalfWeight weight[Mixed::STEPS][COMBINE_TILES];
     auto load = [&](int step) {
 #pragma unroll
@@ -286,13 +290,9 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES >
 #pragma unroll
     for (int step = 0; step < Mixed::STEPS; ++step) {
         if (!Mixed::has(step)) continue;
-        const float4 mean = merge_chunks<MOST_CHUNKS>(
+        const Merged mean = merge_chunks<MOST_CHUNKS>(
             shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, room);
-        if (lane_id() < 16) {
-            uint2 halves;
-            halves.x = floats_to_halves(mean.x, mean.y), halves.y = floats_to_halves(mean.z, mean.w);
-            *reinterpret_cast<uint2*>(mixed[warp_id()] + step * TILE_INPUTS + 4 * lane_id()) = halves;
-        }
+        if (lane_id() < 8) *reinterpret_cast<uint4*>(mixed[warp_id()] + step * TILE_INPUTS + 8 * lane_id()) = merged_halves(mean);
         if (!EARLY) load(step);
         __syncwarp();
         const Activation x = load_activation(mixed[warp_id()], Mixed::STRIDE, step, lane_id() < 4);

@@ -70,7 +70,7 @@ class MLAWorkspace:
         chunks = -(-positions // CHUNK)
         return cls(
             torch.zeros(rows, heads, rank + rope, dtype=torch.half, device=device),
-            torch.empty(rows * chunks, heads, rank, device=device),
+            torch.empty(rows * chunks, heads, rank, dtype=torch.half, device=device),
             torch.empty(rows * chunks, heads, 2, device=device),
             chunks,
         )
@@ -149,4 +149,4 @@ def mla_decode(
 def tiles_of_values(value: int, rows: int) -> int:
     """Tiles of 16 values that a block of `combine` takes; no result depends on it."""
     tiles = value // 16
-    return next(count for count in ((4, 2, 1) if rows > 2 else (2, 1)) if tiles % count == 0)
+    return next(count for count in ((4, 2, 1) if rows > 2 else (1,)) if tiles % count == 0)

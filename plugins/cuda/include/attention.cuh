@@ -27,18 +27,23 @@ DEVICE void load_b_transposed(u32 (&b)[4], const u16* from, int stride) {
     load_matrices_transposed(b, from + lane_id() * stride);
 }
 
-// What a chunk of positions says of one head: the largest score, and the sum of exponentials under it.
+// What a chunk of positions says of one head: the largest score, and the mean of exponentials under it. Its outputs are the mean of
+// values by the same exponentials, as halves: no larger than the values are.
 struct Share {
-    float peak, sum;
+    float peak, mean;
 };
 
-// One warp: the outputs of a row and head [chunks][stride] put together, four values a lane of each half warp; the halves take
-// turns with the chunks, and both get the result. `shares` [chunks][share_stride]. `chunks` of them count, but `room` are there
+struct Merged {
+    float value[8];
+};
+
+// One warp: the outputs of a row and head [chunks][stride] put together, eight values a lane of each quarter warp; the quarters take
+// turns with the chunks, and all get the result. `shares` [chunks][share_stride]. `chunks` of them count, but `room` are there
 // to be read: loads need not wait for the count.
 template <int MOST>
-DEVICE float4 merge_chunks(const Share* shares, int share_stride, const float* outputs, int stride, int chunks, int room) {
-    constexpr int HELD = MOST / 32, BATCH = 8;
-    const int lane = lane_id(), half = lane >> 4;
+DEVICE Merged merge_chunks(const Share* shares, int share_stride, const u16* outputs, int stride, int chunks, int room) {
+    constexpr int HELD = MOST / 32, BATCH = 8;  // a batch is 32 chunks
+    const int lane = lane_id(), quarter = lane >> 3;
     Share share[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
@@ -46,18 +51,18 @@ DEVICE float4 merge_chunks(const Share* shares, int share_stride, const float* o
         const int chunk = i * 32 + lane;
         if (chunk < room) share[i] = shares[chunk * share_stride];
     }
-    float4 value[2][BATCH];
+    uint4 value[2][BATCH];
     auto load = [&](int batch) {
 #pragma unroll
         for (int c = 0; c < BATCH; ++c) {
-            const int chunk = 2 * (batch * BATCH + c) + half;
-            value[batch & 1][c] = float4{0.f, 0.f, 0.f, 0.f};
+            const int chunk = 4 * (batch * BATCH + c) + quarter;
+            value[batch & 1][c] = uint4{0, 0, 0, 0};
             if (chunk < room)
-                value[batch & 1][c] = *reinterpret_cast<const float4*>(outputs + size_t(chunk) * stride + 4 * (lane & 15));
+                value[batch & 1][c] = *reinterpret_cast<const uint4*>(outputs + size_t(chunk) * stride + 8 * (lane & 7));
         }
     };
     load(0);
-    load(1);
+    if (HELD > 1) load(1);
     float peak = MINUS_INFINITY, sum = 0.f, weight[HELD];
 #pragma unroll
     for (int i = 0; i < HELD; ++i)
@@ -67,29 +72,38 @@ DEVICE float4 merge_chunks(const Share* shares, int share_stride, const float* o
     for (int i = 0; i < HELD; ++i) {
         const bool counts = i * 32 + lane < chunks;
         weight[i] = counts ? exp2f(share[i].peak - peak) : 0.f;
-        sum += counts ? weight[i] * share[i].sum : 0.f;
+        sum += counts ? weight[i] * share[i].mean : 0.f;
     }
     sum = warp_sum(sum);
-    float4 out = {0.f, 0.f, 0.f, 0.f};
+    Merged out = {};
 #pragma unroll
-    for (int batch = 0; batch < MOST / (2 * BATCH); ++batch) {
-        if (batch * 2 * BATCH >= chunks) break;
+    for (int batch = 0; batch < HELD; ++batch) {
+        if (batch * 32 >= chunks) break;
 #pragma unroll
         for (int c = 0; c < BATCH; ++c) {
-            const int chunk = 2 * (batch * BATCH + c) + half;
-            const float w = __shfl_sync(EVERY_LANE, weight[batch * 2 * BATCH / 32], chunk & 31);
+            const int chunk = 4 * (batch * BATCH + c) + quarter;
+            const float w = __shfl_sync(EVERY_LANE, weight[batch], chunk & 31);
             // What was read past the count may be anything.
             if (chunk < chunks) {
-                const float4 v = value[batch & 1][c];
-                out.x += w * v.x, out.y += w * v.y, out.z += w * v.z, out.w += w * v.w;
+                const uint4 v = value[batch & 1][c];
+                const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    out.value[2 * i] += w * low_half(pairs[i]), out.value[2 * i + 1] += w * high_half(pairs[i]);
             }
         }
-        if (batch + 2 < MOST / (2 * BATCH)) load(batch + 2);
+        if (batch + 2 < HELD) load(batch + 2);
     }
     const float scale = 1.f / sum;
-    out.x = (out.x + __shfl_xor_sync(EVERY_LANE, out.x, 16)) * scale;
-    out.y = (out.y + __shfl_xor_sync(EVERY_LANE, out.y, 16)) * scale;
-    out.z = (out.z + __shfl_xor_sync(EVERY_LANE, out.z, 16)) * scale;
-    out.w = (out.w + __shfl_xor_sync(EVERY_LANE, out.w, 16)) * scale;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        out.value[i] += __shfl_xor_sync(EVERY_LANE, out.value[i], 8);
+        out.value[i] = (out.value[i] + __shfl_xor_sync(EVERY_LANE, out.value[i], 16)) * scale;
+    }
     return out;
+}
+
+DEVICE uint4 merged_halves(const Merged& merged) {
+    const float* v = merged.value;
+    return uint4{floats_to_halves(v[0], v[1]), floats_to_halves(v[2], v[3]), floats_to_halves(v[4], v[5]), floats_to_halves(v[6], v[7])};
 }
