@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.model.config import ModelConfig
     from trtvlm.model.inputs import ImageView
     from trtvlm.model.vlm import DeepseekVL2
@@ -27,14 +28,14 @@ class TorchExecutor:
     together, which is what makes speculation pay; any other decodes them one by one, whose rows depend on nothing.
     """
 
-    def __init__(self, model: DeepseekVL2, max_length: int) -> None:
+    def __init__(self, model: DeepseekVL2, max_length: int, kv_cache: CacheKind = "fp16") -> None:
         self.config: ModelConfig = model.config
         self.max_length = max_length
         self._model = model
         weight = model.image_newline
         self._dtype, self._device = weight.dtype, weight.device
         self._together = isinstance(model.language, RowwiseLanguage)
-        self._cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device)
+        self._cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device, kv_cache)
 
     @property
     def length(self) -> int:

@@ -1,9 +1,10 @@
 // Absorbed latent attention for 1 to 16 new rows in three launches: absorb (which also appends to the caches), attend over
 // chunks of positions, combine with the value half. Positions are cut in chunks from 0 on, whatever the rows.
-// Macros: HEADS, NOPE, ROPE, VALUE, RANK; COMBINE_TILES: tiles of 16 values a block of `combine` takes.
+// Macros: HEADS, NOPE, ROPE, VALUE, RANK; COMBINE_TILES: tiles of 16 values a block of `combine` takes; INT8_LATENT: latent.cuh.
 #include "attention.cuh"
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
+#include "mla_attention/latent.cuh"
 
 constexpr int HEAD = NOPE + ROPE;    // a head's part of q
 constexpr int KEY = RANK + ROPE;     // what a position is to all heads
@@ -20,8 +21,8 @@ constexpr int ABSORB_BLOCKS = (HEADS * RANK_TILES + ABSORB_WARPS - 1) / ABSORB_W
 constexpr int HEAD_PAIRS = (HEADS + 1) * (ROPE / 2), PAIRS_EACH = 2;  // of values to rotate; a thread's
 constexpr int APPEND_BLOCKS = 1 + (HEAD_PAIRS + 32 * ABSORB_WARPS * PAIRS_EACH - 1) / (32 * ABSORB_WARPS * PAIRS_EACH);  // a row
 
-// A row's latent to the cache; without `norm` it is normalised already.
-DEVICE void append_latent(const u16* latent, const u16* norm, u16* latent_cache) {
+// A row's latent to `position` of the cache; without `norm` it is normalised already.
+DEVICE void append_latent(const u16* latent, const u16* norm, size_t position, Latent* latent_cache, u16* scales) {
     constexpr int THREADS = 32 * ABSORB_WARPS;
     __shared__ float sums[ABSORB_WARPS];
     constexpr int EACH = (RANK / 2 + THREADS - 1) / THREADS;  // pairs of latent values a thread
@@ -44,13 +45,11 @@ DEVICE void append_latent(const u16* latent, const u16* norm, u16* latent_cache)
     // The official layer does not pass rms_norm_eps here: always 1e-6.
     const float rms = rsqrtf(sum * (1.f / RANK) + 1e-6f);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const int pair = i * THREADS + threadIdx.x;
+    for (int i = 0; i < EACH; ++i)
         if (norm)
             value[i] = floats_to_halves(low_half(value[i]) * rms * low_half(factor[i]),
                                         high_half(value[i]) * rms * high_half(factor[i]));
-        if (pair < RANK / 2) reinterpret_cast<u32*>(latent_cache)[pair] = value[i];
-    }
+    store_latent<RANK, THREADS>(value, position, latent_cache, scales);
 }
 
 // Part `part` of a row's rotations: of the queries to `queries`, of the key to the cache.
@@ -86,15 +85,15 @@ DEVICE void rotate_part(const u16* q, const u16* k_pe, const float* cosines, con
 // [HEADS, RANK / 16, NOPE_GROUPS], tables float [positions, ROPE / 2], queries half [rows, HEADS, KEY].
 extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
     absorb(const u16* q, const u16* latent, int latent_stride, const u16* k_pe, int k_pe_stride, const uint4* keys,
-           const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, u16* latent_cache,
-           u16* rope_cache, int all_rows) {
+           const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, Latent* latent_cache,
+           u16* latent_scales, u16* rope_cache, int all_rows) {
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     if (blockIdx.x >= ABSORB_BLOCKS) {
         const int row = (blockIdx.x - ABSORB_BLOCKS) / APPEND_BLOCKS, part = (blockIdx.x - ABSORB_BLOCKS) % APPEND_BLOCKS;
         if (row >= rows) return;
         const int position = *cursor + row0 + row;
         if (part == 0)
-            append_latent(latent + size_t(row0 + row) * latent_stride, norm, latent_cache + size_t(position) * RANK);
+            append_latent(latent + size_t(row0 + row) * latent_stride, norm, position, latent_cache, latent_scales);
         else
             rotate_part(q + size_t(row0 + row) * HEADS * HEAD, k_pe + size_t(row0 + row) * k_pe_stride,
                         cosines + position * (ROPE / 2), sines + position * (ROPE / 2),
@@ -131,11 +130,52 @@ static_assert(ATTEND_WARPS == SCORE_PARTS * SCORE_TILES, "four warps share the i
 static_assert(ATTEND_WARPS == 16 && ROPE <= 256, "a warp a head; a lane a piece");
 static_assert(KEY_STRIDE / 8 % 2 == 1, "padding");
 
+// Positions `first` .. first + CHUNK - 1 of the caches as halves, or to become them when copies were waited for: a warp a
+// position at a time, pieces of 8 values. Every load is under way before the first is waited for.
+DEVICE void load_keys(u16* keys, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, int first) {
+    constexpr int TURNS = CHUNK / ATTEND_WARPS, PIECES = (RANK / 8 + 31) / 32;
+#if INT8_LATENT
+    uint2 codes[TURNS][PIECES];
+    u32 scale[TURNS];
+#endif
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const int at = warp_id() + turn * ATTEND_WARPS;
+        const size_t position = first + at;
+        u16* to = keys + at * KEY_STRIDE;
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) {
+            const int piece = lane_id() + 32 * i;
+            if (piece >= RANK / 8) continue;
+#if INT8_LATENT
+            codes[turn][i] = *reinterpret_cast<const uint2*>(latent_cache + position * RANK + piece * 8);
+#else
+            copy_async(to + piece * 8, latent_cache + position * RANK + piece * 8);
+#endif
+        }
+#if INT8_LATENT
+        scale[turn] = latent_scales[position];
+#endif
+        if (lane_id() < ROPE / 8) copy_async(to + RANK + lane_id() * 8, rope_cache + position * ROPE + lane_id() * 8);
+    }
+#if INT8_LATENT
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn)
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) {
+            const int piece = lane_id() + 32 * i;
+            if (piece < RANK / 8)
+                *reinterpret_cast<uint4*>(keys + (warp_id() + turn * ATTEND_WARPS) * KEY_STRIDE + piece * 8) =
+                    decoded(codes[turn][i], scale[turn] * 0x10001u);
+        }
+#endif
+}
+
 // Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs float [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
 // how many the workspace has room for. Scores are in units of log2(e).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend(const u16* queries, const u16* latent_cache, const u16* rope_cache, const int* cursor, float scale, float* outputs,
-           Share* shares, int chunks, int room, const u64* ahead,
+    attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
+           float scale, float* outputs, Share* shares, int chunks, int room, const u64* ahead,
            int ahead_count) {
     extern __shared__ uint4 shared[];
     if (blockIdx.x >= room) {
@@ -151,23 +191,14 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     // Loads need not wait for the cursor: what lies further on in the caches is finite, and gets no weight.
     const int seen = *cursor + row + 1;  // positions this row sees
 
-    // A warp a position at a time, then a head; pieces of 16 bytes.
-#pragma unroll
-    for (int i = 0; i < CHUNK / ATTEND_WARPS; ++i) {
-        const int at = warp_id() + i * ATTEND_WARPS;
-        const size_t position = first + at;
-        u16* to = keys + at * KEY_STRIDE;
-#pragma unroll
-        for (int piece = lane_id(); piece < RANK / 8; piece += 32) copy_async(to + piece * 8, latent_cache + position * RANK + piece * 8);
-        if (lane_id() < ROPE / 8) copy_async(to + RANK + lane_id() * 8, rope_cache + position * ROPE + lane_id() * 8);
-    }
-    {
+    {  // a warp a head
         const int head = head0 + warp_id();
         const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
 #pragma unroll
         for (int piece = lane_id(); piece < KEY / 8; piece += 32)
             copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
     }
+    load_keys(keys, latent_cache, latent_scales, rope_cache, first);
     copy_commit();
     copy_wait<0>();
     if (first >= seen) return;

@@ -141,7 +141,7 @@ class DecodeProgram:
             assert isinstance(self._attention, MLAWorkspace)
             mla_decode(
                 self._q, self._kv, layer.mla, rope, cache.latent[0], cache.k_pe[0], cursor, self._attended,
-                self._attention, rows, span, layer.coming,
+                self._attention, rows, span, layer.coming, None if cache.scales is None else cache.scales[0],
             )  # fmt: skip
             return
         assert isinstance(self._attention, GQAWorkspace)

@@ -16,6 +16,10 @@ using half = unsigned short;
 
 [[maybe_unused]] static void cvt_f32_f16(float& out, half value) { out = to_float(value); }
 [[maybe_unused]] static void cvt_rn_f16_f32(half& out, float value) { out = to_half(value); }
+[[maybe_unused]] static void cvt_rp_f16_f32(half& out, float value) {  // up
+    out = to_half(value);
+    if (to_float(out) < value) out = out & 0x8000 ? half(out - 1) : half(out + 1);
+}
 [[maybe_unused]] static void cvt_rn_bf16_f32(half& out, float value) {
     const unsigned bits = __float_as_uint(value);
     out = value != value ? half(0x7fff) : half((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
