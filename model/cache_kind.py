@@ -20,9 +20,9 @@ def check_cache_kind(kind: CacheKind, names_and_configs: Iterable[tuple[str, Lan
     """UserError: INT8 latents are asked for, and none of these models, a target and perhaps its draft, has latents."""
     if kind == "fp16":
         return
-    models = list(names_and_configs)
-    if not any(config.use_mla for _, config in models):
-        names = " and ".join(dict.fromkeys(name for name, _ in models))
+    models = dict(names_and_configs)
+    if not any(config.use_mla for config in models.values()):
+        has = "has" if len(models) == 1 else "have"
         raise UserError(
-            f"--kv-cache int8 is for latent attention, which {names} {'has' if len(models) == 1 else 'have'} not: leave it out."
+            f"--kv-cache int8 is for latent attention, which {' and '.join(models)} {has} not: leave it out."
         )

@@ -35,16 +35,16 @@ class TorchExecutor:
         weight = model.image_newline
         self._dtype, self._device = weight.dtype, weight.device
         self._together = isinstance(model.language, RowwiseLanguage)
-        self._cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device, kv_cache)
+        self.cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device, kv_cache)
 
     @property
     def length(self) -> int:
         """Positions in the cache now."""
-        return self._cache.length
+        return self.cache.length
 
     def rollback(self, length: int) -> None:
         """Forget everything from position `length` on."""
-        self._cache.rollback(length)
+        self.cache.rollback(length)
 
     @torch.inference_mode()
     def encode_image(self, image: ImageView) -> Tensor:
@@ -74,5 +74,5 @@ class TorchExecutor:
         return torch.cat([self._forward(row, last_only=True) for row in torch.split(embeds, 1)])
 
     def _forward(self, embeds: Tensor, last_only: bool) -> Tensor:
-        logits: Tensor = self._model.language(embeds.unsqueeze(0), self._cache, last_only=last_only)
+        logits: Tensor = self._model.language(embeds.unsqueeze(0), self.cache, last_only=last_only)
         return logits[0].to("cpu", torch.float32)

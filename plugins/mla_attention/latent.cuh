@@ -44,7 +44,7 @@ DEVICE void store_latent(const u32 (&value)[EACH], size_t position, Latent* cach
     __syncthreads();
 #pragma unroll
     for (int warp = 0; warp < THREADS / 32; ++warp) peak = fmaxf(peak, peaks[warp]);
-    const u16 held = float_to_half_up(fmaxf(peak * (1.f / 127.f), 0x1p-24f));
+    const u16 held = float_to_half_up(fminf(fmaxf(peak * (1.f / 127.f), 0x1p-24f), 515.5f));
     const float scale = half_to_float(held);
     if (threadIdx.x == 0) scales[position] = held;
 #endif
