@@ -327,13 +327,13 @@ def test_a_cold_start_is_measured_twice_with_one_cache_of_kernels(monkeypatch: p
 
     def run(module: str, arguments: list[str], timeout: float, environment: dict[str, str]) -> Any:
         assert module == measure_start.MODULE
-        assert arguments[:2] == ["random", SMALL]
+        assert arguments[:3] == ["random", SMALL, "int8"]
         caches.append(environment["TRTVLM_CACHE"])
         assert Path(caches[-1]).is_dir()
         return [{"imports": 1.0, "first token": 20.0 / len(caches)}], None
 
     monkeypatch.setattr(measure_start, "lines_of", run)
-    found = measure_start.measure_start("random", SMALL)
+    found = measure_start.measure_start("random", SMALL, "int8")
     assert [found[how]["first token"] for how in ("compiled", "from disk")] == [20, 10]
     assert len(set(caches)) == 1
     monkeypatch.setattr(measure_start, "lines_of", lambda *_: ([], "CUDA is gone"))

@@ -237,7 +237,7 @@ def _measured(
         entry, copy = measure_model(target, draft, wanted, before, _say)
         if cold_start:
             _say("the start of a process, twice")
-            entry["cold_start"] = measure_start(target.kind, target.source)
+            entry["cold_start"] = measure_start(target.kind, target.source, wanted.kv_cache)
         if baselines:
             _say("transformers, in processes of their own")
             sizes = target.source if target.kind == "random" else target.name
