@@ -24,7 +24,8 @@ PROMPT = 16
 def measure_start(kind: str, name: str, kv_cache: CacheKind = "fp16") -> dict[str, dict[str, float]]:
     """Seconds after the process began at which each stage was done, with kernels compiled, then with them on disk.
 
-    kind: "random" with a size, or "engine" with a directory. kv_cache: how latents are cached. UserError with the process's last words if it failed.
+    kind: "random" with a size, or "engine" with a directory. kv_cache: how latents are cached. UserError with the process's last
+    words if it failed.
     """
     with tempfile.TemporaryDirectory(prefix="trtvlm-kernels-") as cache:
         return {how: _run(kind, name, kv_cache, {"TRTVLM_CACHE": cache}) for how in ("compiled", "from disk")}
