@@ -25,15 +25,18 @@ def embed(
     square_sums: Tensor,
     rows: int,
     candidates: tuple[Tensor, Tensor] | None = None,
+    turns: Tensor | None = None,
 ) -> None:
     """`reference.embed` of tokens int32 [rows] and table float16 [V, hidden] into residual and square_sums.
 
     candidates: the head's (values float32 [blocks], tokens int32 [blocks]) for the last token, which is then chosen first
-    and written to tokens[rows - 1]. ValueError: a width that the kernel does not take.
+    and written to tokens[rows - 1]. turns: counters of the step's launches to zero
+    (`trtvlm.plugins.cuda.turns`). ValueError: a width that the kernel does not take.
     """
     vocab, hidden = table.shape
     block = threads(hidden)
     values, indices = candidates if candidates is not None else (None, None)
     blocks = values.numel() if values is not None else 0
     launch = kernel(KERNEL, "embed", defines(HIDDEN=hidden))
-    launch((rows,), block, tokens, table, vocab, residual, square_sums, values, indices, blocks)
+    launches = 0 if turns is None else len(turns)
+    launch((rows,), block, tokens, table, vocab, residual, square_sums, values, indices, blocks, turns, launches)

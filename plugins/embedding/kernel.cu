@@ -1,5 +1,6 @@
 // Tokens to the residual stream, with the sums of squares that the first norm needs. One block a row.
 #include "speculative_accept/choose.cuh"
+#include "turns.cuh"
 
 constexpr int ITEMS = 8;                // halves a thread, 16 bytes
 constexpr int LANES = HIDDEN / ITEMS;   // threads that have any
@@ -10,8 +11,11 @@ static_assert(HIDDEN % 16 == 0 && WARPS <= 32, "a row is 16 to 8192 values");
 // the last row's token is first chosen from one row of the head's candidates [blocks] and written to tokens.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     embed(int* tokens, const u16* table, int vocab, float* residual, float* square_sums, const float* values,
-          const int* candidates, int blocks) {
+          const int* candidates, int blocks, TurnCounters* turns, int launches) {
     const int row = blockIdx.x, at = threadIdx.x;
+    // The first launch of a step: the counters of the others start at 0.
+    for (int word = at; row == 0 && word < launches * int(sizeof(TurnCounters) / 16); word += blockDim.x)
+        reinterpret_cast<uint4*>(turns)[word] = uint4{0, 0, 0, 0};
     int token;
     if (values && row == gridDim.x - 1) {
         token = block_best<WARPS>(values, candidates, blocks).token;

@@ -2,6 +2,7 @@
 // rotates, and appends to the caches), combine. Positions are cut in chunks from 0 on, whatever the rows.
 // Macros: HEADS, KV_HEADS, WIDTH (of a head).
 #include "attention.cuh"
+#include "turns.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;  // query heads that share a key head
 constexpr int ROWS = 8;                  // rows of the step a block takes
@@ -27,62 +28,10 @@ DEVICE void rotate(const u16* from, const float* cosines, const float* sines, in
     }
 }
 
-// Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. q half [rows,
-// HEADS * WIDTH], k and v half [rows, KV_HEADS * WIDTH], their rows a stride apart, caches half [KV_HEADS, span, WIDTH],
-// tables float [positions, WIDTH / 2]; outputs float [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
-extern "C" __global__ void __launch_bounds__(THREADS)
-    attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
-           const float* sines, const int* cursor, float scale, u16* key_cache,
-           u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead,
-           int ahead_count) {
-    if (blockIdx.x >= room) {
-        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
-        return;
-    }
-    __shared__ __align__(16) u16 keys[CHUNK * STRIDE], values[CHUNK * STRIDE];
-    // The queries are done with when the weights come.
-    __shared__ __align__(16) u16 mine[16 * (STRIDE > WEIGHT_STRIDE ? STRIDE : WEIGHT_STRIDE)];
-    __shared__ float scores[16 * SCORE_STRIDE];
-    const int chunk = blockIdx.x, kv_head = blockIdx.y, row0 = blockIdx.z * ROWS, first = chunk * CHUNK;
-    const int rows = smaller(ROWS, all_rows - row0), start = *cursor;
-    if (first > start + row0 + rows - 1) return;
-    // What was cached before; the new positions come out of k and v, as nobody waits for who writes them to the cache.
-    constexpr int PIECES = WIDTH / 8;
-    for (int index = threadIdx.x; index < CHUNK * PIECES; index += THREADS) {
-        const int at = index / PIECES, piece = index % PIECES, position = first + at;
-        if (position >= start && position < start + all_rows) continue;
-        const size_t from = (size_t(kv_head) * span + position) * WIDTH + piece * 8;
-        const int bytes = position < start ? 16 : 0;
-        copy_async(keys + at * STRIDE + piece * 8, key_cache + from, bytes);
-        copy_async(values + at * STRIDE + piece * 8, value_cache + from, bytes);
-    }
-    copy_commit();
-    for (int m = warp_id(); m < 16; m += WARPS) {
-        const int row = row0 + m / GROUP;
-        if (m < rows * GROUP) {
-            const u16* from = q + size_t(row) * q_stride + (kv_head * GROUP + m % GROUP) * WIDTH;
-            rotate(from, cosines, sines, start + row, mine + m * STRIDE, nullptr);
-        } else {
-            for (int i = lane_id(); i < WIDTH; i += 32) mine[m * STRIDE + i] = 0;
-        }
-    }
-    for (int row = warp_id(); row < all_rows; row += WARPS) {
-        const int position = start + row, at = position - first;
-        if (at < 0 || at >= CHUNK) continue;
-        const u16* key = k + size_t(row) * kv_stride + kv_head * WIDTH;
-        const u16* value = v + size_t(row) * kv_stride + kv_head * WIDTH;
-        const size_t to = (size_t(kv_head) * span + position) * WIDTH;
-        // The tile a row belongs to has a block in this chunk; the first tile may have none.
-        const bool writes = row / ROWS == blockIdx.z;
-        rotate(key, cosines, sines, position, keys + at * STRIDE, writes ? key_cache + to : nullptr);
-        for (int i = lane_id(); i < WIDTH; i += 32) {
-            values[at * STRIDE + i] = value[i];
-            if (writes) value_cache[to + i] = value[i];
-        }
-    }
-    copy_wait<0>();
-    __syncthreads();
-
+// A chunk's scores under the queries of a key head and 8 rows (`mine`, whose place the weights take), and its share of their outputs.
+DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* scores, float scale, int start, int row0, int rows,
+                         int chunks, float* outputs, Share* shares) {
+    const int chunk = blockIdx.x, kv_head = blockIdx.y, first = chunk * CHUNK;
     const int g = lane_id() >> 2, t = lane_id() & 3;
     float score[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -148,26 +97,91 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
+// Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. q half [rows,
+// HEADS * WIDTH], k and v half [rows, KV_HEADS * WIDTH], their rows a stride apart, caches half [KV_HEADS, span, WIDTH],
+// tables float [positions, WIDTH / 2]; outputs float [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
+           const float* sines, const int* cursor, float scale, u16* key_cache,
+           u16* value_cache, int span, float* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead,
+           int ahead_count, TurnCounters* turns, int index, int before) {
+    const Turn turn = {turns, index, before};
+    if (blockIdx.x >= room) {
+        start_turn(turn);
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
+        return;
+    }
+    __shared__ __align__(16) u16 keys[CHUNK * STRIDE], values[CHUNK * STRIDE];
+    // The queries are done with when the weights come.
+    __shared__ __align__(16) u16 mine[16 * (STRIDE > WEIGHT_STRIDE ? STRIDE : WEIGHT_STRIDE)];
+    __shared__ float scores[16 * SCORE_STRIDE];
+    const int chunk = blockIdx.x, kv_head = blockIdx.y, row0 = blockIdx.z * ROWS, first = chunk * CHUNK;
+    const int rows = smaller(ROWS, all_rows - row0), start = *cursor;
+    const bool any = first < start + row0 + rows;  // positions to attend to
+    // What was cached before; the new positions come out of k and v, as nobody waits for who writes them to the cache.
+    constexpr int PIECES = WIDTH / 8;
+    for (int i = threadIdx.x; any && i < CHUNK * PIECES; i += THREADS) {
+        const int at = i / PIECES, piece = i % PIECES, position = first + at;
+        if (position >= start && position < start + all_rows) continue;
+        const size_t from = (size_t(kv_head) * span + position) * WIDTH + piece * 8;
+        const int bytes = position < start ? 16 : 0;
+        copy_async(keys + at * STRIDE + piece * 8, key_cache + from, bytes);
+        copy_async(values + at * STRIDE + piece * 8, value_cache + from, bytes);
+    }
+    copy_commit();
+    await_turn(turn);
+    for (int m = warp_id(); any && m < 16; m += WARPS) {
+        const int row = row0 + m / GROUP;
+        if (m < rows * GROUP) {
+            const u16* from = q + size_t(row) * q_stride + (kv_head * GROUP + m % GROUP) * WIDTH;
+            rotate(from, cosines, sines, start + row, mine + m * STRIDE, nullptr);
+        } else {
+            for (int i = lane_id(); i < WIDTH; i += 32) mine[m * STRIDE + i] = 0;
+        }
+    }
+    for (int row = warp_id(); any && row < all_rows; row += WARPS) {
+        const int position = start + row, at = position - first;
+        if (at < 0 || at >= CHUNK) continue;
+        const u16* key = k + size_t(row) * kv_stride + kv_head * WIDTH;
+        const u16* value = v + size_t(row) * kv_stride + kv_head * WIDTH;
+        const size_t to = (size_t(kv_head) * span + position) * WIDTH;
+        // The tile a row belongs to has a block in this chunk; the first tile may have none.
+        const bool writes = row / ROWS == blockIdx.z;
+        rotate(key, cosines, sines, position, keys + at * STRIDE, writes ? key_cache + to : nullptr);
+        for (int i = lane_id(); i < WIDTH; i += 32) {
+            values[at * STRIDE + i] = value[i];
+            if (writes) value_cache[to + i] = value[i];
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();
+    if (any) attend_chunk(keys, values, mine, scores, scale, start, row0, rows, chunks, outputs, shares);
+    finish_turn(turn);
+}
+
 constexpr int COMBINE_WARPS = 4;
 constexpr int PIECE = WIDTH < 64 ? WIDTH : 64;  // columns a warp puts together
 constexpr int PARTS = (WIDTH + PIECE - 1) / PIECE;
 
 // A warp a row, head and piece of its columns. out half [rows, HEADS * WIDTH]. `room`: chunks that the step's span has.
 extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
-    combine(const float* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int room, int rows) {
-    const int unit = blockIdx.x * COMBINE_WARPS + warp_id();
-    if (unit >= rows * HEADS * PARTS) return;
+    combine(const float* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int room, int rows,
+            TurnCounters* turns, int index, int before) {
+    const Turn turn = {turns, index, before};
+    const int most = rows * HEADS * PARTS, mine = blockIdx.x * COMBINE_WARPS + warp_id(), unit = smaller(mine, most - 1);
     const int head = unit / PARTS % HEADS, row = unit / (PARTS * HEADS), lane = lane_id() & 15;
     const int count = (*cursor + row) / CHUNK + 1;
     const size_t at = size_t(row) * chunks * HEADS + head;
     // The last columns again where a piece ends early.
     const int column = unit % PARTS * PIECE + 4 * lane, last = WIDTH - 4;
     const int back = column > last ? column - last : 0;
+    await_turn(turn);
     const float4 mean =
         merge_chunks<MOST_CHUNKS>(shares + at, HEADS, outputs + at * WIDTH + column - 4 * lane - back, HEADS * WIDTH, count, room);
-    if (lane_id() < 16 && !back) {
+    if (mine < most && lane_id() < 16 && !back) {
         uint2 halves;
         halves.x = floats_to_halves(mean.x, mean.y), halves.y = floats_to_halves(mean.z, mean.w);
         *reinterpret_cast<uint2*>(out + size_t(row) * HEADS * WIDTH + head * WIDTH + column) = halves;
     }
+    finish_turn(turn);
 }

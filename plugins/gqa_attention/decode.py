@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
+from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import check_rows
 
 SOURCE = "gqa_attention/decode.cu"
@@ -48,13 +49,14 @@ def gqa_decode(
     rows: int,
     span: int,
     coming: Ahead = NOTHING,
+    turns: Turns | None = None,
 ) -> None:
     """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
 
     qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables
-    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. coming: weights that
-    later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 16 rows, more than 2 query heads a
-    key head, or heads wider than 128.
+    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. coming: weights
+    that later launches read (`trtvlm.plugins.cuda.ahead`); turns: of the step, if its launches overlap. ValueError: more than
+    16 rows, more than 2 query heads a key head, or heads wider than 128.
     """
     check_rows(rows)
     kv_heads, positions, width = key_cache.shape
@@ -69,13 +71,16 @@ def gqa_decode(
     scale = width**-0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     extra = BLOCKS if coming.count else 0
-    kernel(SOURCE, "attend", macros)(
-        (room + extra, kv_heads, -(-rows // ROWS)), 32 * _WARPS, q, q.stride(0), k, v, k.stride(0), *rope, cursor,
-        scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks, rows, room,
-        coming.pieces, coming.count,
+    tiles = -(-rows // ROWS)
+    launch_in_turn(
+        turns, kernel(SOURCE, "attend", macros), (room + extra, kv_heads, tiles), 32 * _WARPS, q, q.stride(0), k, v,
+        k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks,
+        rows, room, coming.pieces, coming.count, finishing=room * kv_heads * tiles,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
-    kernel(SOURCE, "combine", macros)(
+    launch_in_turn(
+        turns,
+        kernel(SOURCE, "combine", macros),
         (-(-units // _COMBINE_WARPS),),
         32 * _COMBINE_WARPS,
         workspace.outputs,

@@ -4,6 +4,7 @@
 // normalised; PRE_SCALED: INT4 inputs are multiplied by pre_quant_scale; EPILOGUE: what becomes of y.
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
+#include "turns.cuh"
 
 constexpr int INPUTS = IN_FEATURES, WARPS = BLOCK_WARPS;
 constexpr bool SCALED = PRE_SCALED;
@@ -56,7 +57,8 @@ DEVICE void scale_by(uint4& x, const uint4& scale) {
 
 // The tiles, or pairs of tiles, first .. first + COUNT - 1 of `count`.
 template <class Weight, int COUNT, bool SCALE>
-DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, int first, int count, int all_rows) {
+DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, int first, int count, int all_rows,
+                 const Turn& turn) {
     extern __shared__ uint4 shared[];
     constexpr int TILES = PAIR * COUNT, GROUPS = Part::GROUPS, STEPS = Part::STEPS;
     // Registers a step needs: as many steps are under way as fit beside the rest.
@@ -85,17 +87,18 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     const u16* halves = static_cast<const u16*>(a.x) + size_t(row0) * INPUTS;
     Activation x[DEPTH];
     Activation scale[DEPTH];
+    auto load_scales = [&](int step) {
+        if (!NORMALISED && SCALE && Part::has(step))
+            scale[step % DEPTH] = load_activation(a.pre_quant_scale, 0, Part::group(step), true);
+    };
     auto load_inputs = [&](int step) {
-        if (!NORMALISED && Part::has(step)) {
-            x[step % DEPTH] = load_direct(halves, Part::group(step), present);
-            if (SCALE) scale[step % DEPTH] = load_activation(a.pre_quant_scale, 0, Part::group(step), true);
-        }
+        if (!NORMALISED && Part::has(step)) x[step % DEPTH] = load_direct(halves, Part::group(step), present);
     };
 
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load_weights(step);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) load_inputs(step);
+    for (int step = 0; step < DEPTH; ++step) load_scales(step);
     // What the residual was, for the end: this thread's outputs.
     constexpr int OUTPUTS = (COUNT * TILE_ROWS * COLUMNS + THREADS - 1) / THREADS;
     float before[OUTPUTS];
@@ -109,6 +112,13 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
                 before[n] = a.residual[size_t(row0 + column) * count * TILE_ROWS + item * TILE_ROWS + (index & 15)];
         }
     }
+    if (NORMALISED) {
+        fetch_halves(a.norm, INPUTS);
+        if (SCALE) fetch_halves(a.pre_quant_scale, INPUTS);
+    }
+    await_turn(turn);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load_inputs(step);
     if (NORMALISED) {
         const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
         normalise_rows<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
@@ -132,6 +142,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         }
         if (step + DEPTH < STEPS) {
             load_weights(step + DEPTH);
+            load_scales(step + DEPTH);
             load_inputs(step + DEPTH);
         }
     }
@@ -175,14 +186,16 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS > 8 ? 1 : 2)
     linear(const void* x, const float* square_sums, const u16* norm, float eps, const u16* pre_quant_scale, const uint4* codes,
            const u32* scales, const uint4* halves, u16* out, int stride, u16* half_out, int half_stride, float* residual,
-           float* square_sums_out, const u16* next_scale, int rows) {
+           float* square_sums_out, const u16* next_scale, int rows, TurnCounters* turns, int index, int before) {
+    const Turn turn = {turns, index, before};
     Arguments a = {x, square_sums, norm, eps, pre_quant_scale, out, stride, residual, square_sums_out, next_scale};
     const int block = blockIdx.x;
     if (HALF_TILES && (!INT4_TILES || block < HALF_BLOCKS)) {
         a.out = half_out;
         a.stride = half_stride;
-        work<HalfWeight, HALF_BLOCK, false>(a, halves, nullptr, block * HALF_BLOCK, HALF_COUNT, rows);
+        work<HalfWeight, HALF_BLOCK, false>(a, halves, nullptr, block * HALF_BLOCK, HALF_COUNT, rows, turn);
     } else if (INT4_TILES) {
-        work<Int4Weight, INT4_BLOCK, SCALED != 0>(a, codes, scales, (block - HALF_BLOCKS) * INT4_BLOCK, INT4_COUNT, rows);
+        work<Int4Weight, INT4_BLOCK, SCALED != 0>(a, codes, scales, (block - HALF_BLOCKS) * INT4_BLOCK, INT4_COUNT, rows, turn);
     }
+    finish_turn(turn);
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
+from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 
 SOURCE = "int4_linear/decode.cu"
 COLUMNS = 8
@@ -63,27 +64,42 @@ class LinearWeight:
 
 
 def linear(
-    x: Tensor, weight: LinearWeight, out: Tensor, rows: int, norm: Norm | None = None, half_out: Tensor | None = None
+    x: Tensor,
+    weight: LinearWeight,
+    out: Tensor,
+    rows: int,
+    norm: Norm | None = None,
+    half_out: Tensor | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """out half [rows, INT4 outputs] and half_out half [rows, half outputs] = x @ weight^T; a half weight alone goes to `out`.
 
-    x half [rows, in], or with `norm` the residual stream float32 [rows, in]. ValueError here and below: more rows than 16.
+    x half [rows, in], or with `norm` the residual stream float32 [rows, in]. `turns`: of the step, if its
+    launches overlap. ValueError here and below: more rows than 16.
     """
     if not weight.int4_tiles:
         half_out = out
-    _launch(x, weight, rows, norm, _HALF_OUT, out=out, half_out=half_out)
+    _launch(x, weight, rows, norm, _HALF_OUT, turns, out=out, half_out=half_out)
 
 
-def add_linear(x: Tensor, weight: LinearWeight, residual: Tensor, square_sums: Tensor, rows: int) -> None:
+def add_linear(
+    x: Tensor, weight: LinearWeight, residual: Tensor, square_sums: Tensor, rows: int, turns: Turns | None = None
+) -> None:
     """residual float32 [rows, outputs] += x @ weight^T in place, and square_sums float32 [rows, outputs / 16] of it."""
-    _launch(x, weight, rows, None, _RESIDUAL, residual=residual, square_sums=square_sums)
+    _launch(x, weight, rows, None, _RESIDUAL, turns, residual=residual, square_sums=square_sums)
 
 
 def gated_linear(
-    x: Tensor, weight: LinearWeight, out: Tensor, rows: int, norm: Norm | None = None, next_scale: Tensor | None = None
+    x: Tensor,
+    weight: LinearWeight,
+    out: Tensor,
+    rows: int,
+    norm: Norm | None = None,
+    next_scale: Tensor | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """out half [rows, outputs / 2] = silu(gate) * up * next_scale of a weight [up; gate]."""
-    _launch(x, weight, rows, norm, _GATED, out=out, next_scale=next_scale)
+    _launch(x, weight, rows, norm, _GATED, turns, out=out, next_scale=next_scale)
 
 
 def macros(
@@ -116,6 +132,7 @@ def _launch(
     rows: int,
     norm: Norm | None,
     epilogue: int,
+    turns: Turns | None,
     *,
     out: Tensor | None = None,
     half_out: Tensor | None = None,
@@ -132,8 +149,9 @@ def _launch(
     parameters = dict(values)
     tiles = int(parameters["INT4_BLOCK"]) * (2 if epilogue == _GATED else 1)
     shared = shared_bytes(weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, normalised=norm is not None)
-    launch = kernel(SOURCE, "linear", values)
-    launch(
+    launch_in_turn(
+        turns,
+        kernel(SOURCE, "linear", values),
         (blocks, -(-rows // COLUMNS)),
         32 * warps,
         x,

@@ -1,14 +1,11 @@
 // A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the shared expert's first half),
-// experts_up (every block picks the experts for itself: waiting for another block to do it would take longer), experts_down. Rows are taken in tiles of 8 (blockIdx.y); within a tile an expert's weights are read once for all its rows.
+// experts_up, experts_down. Every block of the last two picks the experts for itself: waiting for another block to do it would take
+// longer. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/routing.cuh"
 #include "int4_linear/weights.cuh"
-
-// The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
-// row has it in, 4 bits a row.
-constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
-constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
+#include "turns.cuh"
 
 constexpr int ROUTE_WARPS = 8;
 constexpr int ROUTER_PARTS = 2, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
@@ -26,7 +23,7 @@ using Shared = Slice<HIDDEN, ROUTE_WARPS>;
 
 DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
                       const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
-                      int rows) {
+                      int rows, const Turn& turn) {
     constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
     const int first = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * SHARED_PAIRS;
     auto tile_of = [&](int r) {
@@ -43,6 +40,9 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
     };
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load(step);
+    fetch_halves(norm, HIDDEN);
+    if (SHARED_SCALED) fetch_halves(pre_quant_scale, HIDDEN);
+    await_turn(turn);
     u16* x = reinterpret_cast<u16*>(own);
     normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
     __syncwarp();
@@ -80,47 +80,61 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
 constexpr int SHARED_BLOCKS = 0;
 #endif
 
+// A block of the router: its experts' logits [all rows, EXPERTS].
+DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
+                          float* logits, int rows, const Turn& turn) {
+    __shared__ float sums[COLUMNS][ROUTE_WARPS];
+    const int expert = blockIdx.x * ROUTER_EXPERTS + warp_id() / ROUTER_PARTS;
+    RouterRow<ROUTER_PARTS> held;
+    if (expert < EXPERTS) held.load(router, norm, expert, warp_id() % ROUTER_PARTS);
+    await_turn(turn);
+    if (expert < EXPERTS) held.multiply(residual, square_sums, eps, rows, [&](int row, float sum) { sums[row][warp_id()] = sum; });
+    __syncthreads();
+    const int row = threadIdx.x / ROUTER_EXPERTS, mine = threadIdx.x % ROUTER_EXPERTS;
+    if (row < rows && blockIdx.x * ROUTER_EXPERTS + mine < EXPERTS)
+        logits[row * EXPERTS + blockIdx.x * ROUTER_EXPERTS + mine] = sum_partials<ROUTER_PARTS>(&sums[row][mine * ROUTER_PARTS], 1);
+}
+
+// A block's part of what the experts read: half(x * rms * norm * scale).
+DEVICE void expert_inputs(const float* residual, const float* square_sums, const u16* norm, float eps, const u16* scale, u16* inputs,
+                          int rows, const Turn& turn) {
+    fetch_halves(norm, HIDDEN);
+    if (EXPERT_SCALED) fetch_halves(scale, HIDDEN);
+    await_turn(turn);
+    const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
+    for (int base = warp_id() * 32; base < rows * INPUT_QUADS; base += 32 * ROUTE_WARPS) {  // whole warps, for the shuffle
+        const int row = (base + lane_id()) / INPUT_QUADS;
+        const int quad = (blockIdx.x - ROUTER_BLOCKS) * INPUT_QUADS + (base + lane_id()) % INPUT_QUADS;
+        const float r = __shfl_sync(ALL, rms, 4 * row);
+        if (quad < QUADS)
+            reinterpret_cast<uint2*>(inputs + size_t(row) * HIDDEN)[quad] =
+                normalised_quad(residual + size_t(row) * HIDDEN, norm, EXPERT_SCALED ? scale : nullptr, quad, r);
+    }
+}
+
 // Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
 // the shared expert's.
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 1)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
           const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
-          const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes) {
+          const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
+          int before) {
+    const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     residual += size_t(row0) * HIDDEN;
     square_sums += row0 * (HIDDEN / 16);
+    if (blockIdx.x < ROUTER_BLOCKS) {
+        router_logits(residual, square_sums, norm, eps, router, logits + row0 * EXPERTS, rows, turn);
+    } else if (blockIdx.x < ROUTER_BLOCKS + INPUT_BLOCKS) {
+        expert_inputs(residual, square_sums, norm, eps, expert_scale, inputs + size_t(row0) * HIDDEN, rows, turn);
+    } else {
 #if SHARED
-    if (blockIdx.x >= ROUTER_BLOCKS + INPUT_BLOCKS) {
         shared_up(reinterpret_cast<char*>(shared) + warp_id() * bytes, bytes, residual, square_sums, norm, eps, shared_scale,
-                  shared_codes, shared_scales, shared_next, shared_out + size_t(row0) * SHARED, rows);
-        return;
-    }
+                  shared_codes, shared_scales, shared_next, shared_out + size_t(row0) * SHARED, rows, turn);
 #endif
-    if (blockIdx.x >= ROUTER_BLOCKS) {
-        const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
-        for (int base = warp_id() * 32; base < rows * INPUT_QUADS; base += 32 * ROUTE_WARPS) {  // whole warps, for the shuffle
-            const int row = (base + lane_id()) / INPUT_QUADS;
-            const int quad = (blockIdx.x - ROUTER_BLOCKS) * INPUT_QUADS + (base + lane_id()) % INPUT_QUADS;
-            const float r = __shfl_sync(ALL, rms, 4 * row);
-            if (quad < QUADS)
-                reinterpret_cast<uint2*>(inputs + size_t(row0 + row) * HIDDEN)[quad] =
-                    normalised_quad(residual + size_t(row) * HIDDEN, norm, EXPERT_SCALED ? expert_scale : nullptr, quad, r);
-        }
-        return;
     }
-    __shared__ float sums[COLUMNS][ROUTE_WARPS];
-    const int expert = blockIdx.x * ROUTER_EXPERTS + warp_id() / ROUTER_PARTS;
-    if (expert < EXPERTS) {
-        RouterRow<ROUTER_PARTS> held;
-        held.load(router, norm, expert, warp_id() % ROUTER_PARTS);
-        held.multiply(residual, square_sums, eps, rows, [&](int row, float sum) { sums[row][warp_id()] = sum; });
-    }
-    __syncthreads();
-    const int row = threadIdx.x / ROUTER_EXPERTS, mine = threadIdx.x % ROUTER_EXPERTS;
-    if (row < rows && blockIdx.x * ROUTER_EXPERTS + mine < EXPERTS)
-        logits[(row0 + row) * EXPERTS + blockIdx.x * ROUTER_EXPERTS + mine] =
-            sum_partials<ROUTER_PARTS>(&sums[row][mine * ROUTER_PARTS], 1);
+    finish_turn(turn);
 }
 
 // ---- experts ------------------------------------------------------------------------------------------------------
@@ -137,54 +151,32 @@ DEVICE Activation load_direct(const u16* row, int group) {
     return Activation{at[0], at[1]};
 }
 
-// One block: the work list and the experts' weights [rows, TOP_K] for experts_down.
-DEVICE void tell(const float* logits, const float* bias, float* weights, int* work, int (*chosen)[TOP_K], Entry* entries,
-                 int* counts, int rows) {
-    for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
-    __syncthreads();
-    const int count = list_work<UP_WARPS>(chosen, rows, entries, counts);
-    if (threadIdx.x == 0) work[0] = count;
-    for (int i = threadIdx.x; i < count; i += 32 * UP_WARPS) {
-        work[WORK_EXPERT + i] = entries[i].expert;
-        work[WORK_ROWS + i] = int(entries[i].rows);
-        work[WORK_SLOTS + i] = int(entries[i].slots);
-    }
-    for (int row = warp_id(); row < rows; row += UP_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
-}
+// The whole block: the experts that the rows of a tile chose.
+template <int WARPS>
+struct Chosen {
+    int chosen[COLUMNS][TOP_K], counts[WARPS];
+    Entry entries[MOST_ENTRIES];
 
-// Block (1 + tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. Block (0, 0)
-// of each tile of rows tells what there is to do.
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
-    experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
-               const u32* scales, const u16* next_scale, u16* hidden, int all_rows) {
-    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
-    __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
-    __shared__ Entry entries[MOST_ENTRIES];
-    constexpr int DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3), GROUPS = Up::GROUPS;
-    static_assert(EXPERTS <= 32 * UP_WARPS, "a thread an expert");
-    const int entry = blockIdx.y, tile = blockIdx.x - 1, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
-    logits += row0 * EXPERTS;
-    if (blockIdx.x == 0) {
-        if (entry == 0) tell(logits, bias, weights + row0 * TOP_K, work + blockIdx.z * WORK_SIZE, chosen, entries, counts, rows);
-        return;
-    }
-    int count = TOP_K, expert;
-    if (all_rows == 1) {
-        // Every warp finds its block's expert for itself, and waits for nobody.
-        expert = choose_experts(logits, bias, nullptr, entry + 1);
-    } else {
-        for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+    DEVICE int list(const float* logits, const float* bias, int rows) {
+        static_assert(EXPERTS <= 32 * WARPS, "a thread an expert");
+        for (int row = warp_id(); row < rows; row += WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
         __syncthreads();
-        count = list_work<UP_WARPS>(chosen, rows, entries, counts);
-        expert = entries[smaller(entry, MOST_ENTRIES - 1)].expert;
+        return list_work<WARPS>(chosen, rows, entries, counts);
     }
-    if (entry >= count) return;
-    const size_t first = size_t(expert) * 2 * EXPERT_TILES;
+};
+
+// One expert's 16 outputs for its rows.
+DEVICE void expert_up(const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
+                      u16* hidden, int rows) {
+    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
+    constexpr int DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3), GROUPS = Up::GROUPS;
+    const int tile = blockIdx.x;
+    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES;
     codes += (first + tile) * GROUPS * 32;
     scales += (first + tile) * GROUPS * 8;
     Int4Weight weight[DEPTH][2];
     Activation x[DEPTH];
-    const u16* row = inputs + size_t(row0 + smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
+    const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
     auto load = [&](int step) {
         if (Up::has(step)) {
             weight[step % DEPTH][0].load(codes, scales, Up::group(step));
@@ -207,101 +199,154 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
     __syncthreads();
     const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
-    const u32 mask = all_rows == 1 ? 1 : entries[entry].rows, slots = all_rows == 1 ? entry : entries[entry].slots;
-    if (!(mask >> column & 1)) return;
+    if (!(entry.rows >> column & 1)) return;
     const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
     const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
     const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);
     float y = up * silu(gate);
     if (next_scale) y *= half_to_float(next_scale[output]);
-    const int slot = slots >> (4 * column) & 15;
-    hidden[(size_t(row0 + column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+    const int slot = entry.slots >> (4 * column) & 15;
+    hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+}
+
+// Block (tile, entry, tile of rows). hidden half [rows, TOP_K, WIDTH].
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
+    experts_up(const u16* inputs, const float* logits, const float* bias, const uint4* codes, const u32* scales,
+               const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
+    __shared__ Chosen<UP_WARPS> work;
+    const Turn turn = {turns, index, before};
+    const int at = blockIdx.y, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    logits += row0 * EXPERTS;
+    await_turn(turn);
+    Entry entry = {0, 1, u32(at)};
+    int count = TOP_K;
+    if (all_rows == 1) {
+        // Every warp finds its block's expert for itself, and waits for nobody.
+        entry.expert = choose_experts(logits, bias, nullptr, at + 1);
+    } else {
+        count = work.list(logits, bias, rows);
+        entry = work.entries[smaller(at, MOST_ENTRIES - 1)];
+    }
+    if (at < count)
+        expert_up(entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
+    finish_turn(turn);
 }
 
 constexpr int DOWN_WARPS = 8;
 constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
+constexpr int DOWN_DEPTH = smaller(DOWN_GROUPS, 11);
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
-// The whole of K in one warp, in order: nothing decides a result but its own row.
-DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row) {
-    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
-    Int4Weight weight[DEPTH];
-    Activation x[DEPTH];
+// The second half of an expert, or of a part of the shared one: the whole of K in one warp, in order, so that nothing decides a
+// row's result but that row.
+struct DownUnit {
+    Int4Weight weight[DOWN_DEPTH];
+    const uint4* codes;
+    const u32* scales;
+    int first_group;
+
+    DEVICE void start(const uint4* all_codes, const u32* all_scales, int group) {
+        codes = all_codes, scales = all_scales, first_group = group;
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
+        for (int step = 0; step < DOWN_DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
+    }
+
+    DEVICE void multiply(float (&sum)[4], const u16* row) {
+        Activation x[DOWN_DEPTH];
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
+        for (int step = 0; step < DOWN_DEPTH; ++step) x[step] = load_direct(row, step);
 #pragma unroll
-    for (int step = 0; step < DOWN_GROUPS; ++step) {
-        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
-        if (step + DEPTH < DOWN_GROUPS) {
-            weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
-            x[step % DEPTH] = load_direct(row, step + DEPTH);
+        for (int step = 0; step < DOWN_GROUPS; ++step) {
+            weight[step % DOWN_DEPTH].multiply(sum, x[step % DOWN_DEPTH]);
+            if (step + DOWN_DEPTH < DOWN_GROUPS) {
+                weight[step % DOWN_DEPTH].load(codes, scales, first_group + step + DOWN_DEPTH);
+                x[step % DOWN_DEPTH] = load_direct(row, step + DOWN_DEPTH);
+            }
         }
     }
-}
+};
 
-// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
-// or a part of the shared expert.
+// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: parts of the shared expert, then
+// the rows' experts.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
-    experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
+    experts_down(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                 int all_rows) {
+                 int all_rows, TurnCounters* turns, int index, int before) {
     __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
+    __shared__ float weights[COLUMNS][TOP_K];
+    __shared__ Chosen<DOWN_WARPS> work;
+    __shared__ int own[DOWN_WARPS][TOP_K];
+    const Turn turn = {turns, index, before};
     constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
     const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
-    work += blockIdx.y * WORK_SIZE;
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
     const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
-    float before = 0.f;
-    if (threadIdx.x < OUTPUTS && out_row < rows) before = residual[size_t(row0 + out_row) * HIDDEN + output];
+    logits += row0 * EXPERTS;
+    float before_sum = 0.f;
+    if (threadIdx.x < OUTPUTS && out_row < rows) before_sum = residual[size_t(row0 + out_row) * HIDDEN + output];
 
-    // Asked for at once: how much there is, and this warp's first entry (what lies past the count is not used).
-    const int count = work[0], units = SHARED_PARTS + count;
-    const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
-    int expert = work[WORK_EXPERT + mine];
-    u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
+    // The logits are of the launch before the last: the choice, and the first weights, wait for nobody.
+    int units = SHARED_PARTS + TOP_K;
+    if (all_rows == 1) {
+        if (warp_id() >= SHARED_PARTS || warp_id() == 0) choose_experts(logits, bias, own[warp_id()], TOP_K);
+        __syncwarp();
+    } else {
+        units = SHARED_PARTS + work.list(logits, bias, rows);
+    }
+    auto entry_of = [&](int unit) {
+        const int at = unit - SHARED_PARTS;
+        return all_rows == 1 ? Entry{own[warp_id()][at], 1, u32(at)} : work.entries[at];
+    };
+    DownUnit held;
+    Entry entry;
+    auto start = [&](int unit) {
+        if (unit < SHARED_PARTS) {
+            held.start(shared_codes, shared_scales, tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS);
+        } else if (unit < units) {
+            entry = entry_of(unit);
+            held.start(codes, scales, (entry.expert * TILES + tile) * DOWN_GROUPS);
+        }
+    };
+    start(warp_id());
+    for (int row = warp_id(); row < rows; row += DOWN_WARPS)
+        weigh_experts(logits + row * EXPERTS, all_rows == 1 ? own[0] : work.chosen[row], weights[row]);
+    await_turn(turn);
+
     for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        if (unit != warp_id()) start(unit);
         if (unit < SHARED_PARTS) {
-            const u16* row = shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH;
-            constexpr int GROUPS = SHARED / TILE_INPUTS;
-            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS, row);
+            held.multiply(sum, shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH);
 #pragma unroll
             for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
             continue;
         }
-        const int entry = unit - SHARED_PARTS;
-        if (entry != mine) {
-            expert = work[WORK_EXPERT + entry];
-            mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
-        }
-        const u16* row = hidden + (size_t(row0 + in_row) * TOP_K + (slots >> (4 * in_row) & 15)) * WIDTH;
-        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, row);
+        held.multiply(sum, hidden + (size_t(row0 + in_row) * TOP_K + (entry.slots >> (4 * in_row) & 15)) * WIDTH);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = column + (i & 1);
-            if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
+            if (entry.rows >> c & 1) routed[c][entry.slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
         }
     }
     __syncthreads();
-    if (threadIdx.x >= OUTPUTS) return;
-    float y = 0.f;
-    if (out_row < rows) {
-        const float* weight = weights + (row0 + out_row) * TOP_K;
+    if (threadIdx.x < OUTPUTS) {  // whole warps
+        float y = 0.f;
+        if (out_row < rows) {
 #pragma unroll
-        for (int slot = 0; slot < TOP_K; ++slot) y += weight[slot] * routed[out_row][slot][threadIdx.x & 15];
+            for (int slot = 0; slot < TOP_K; ++slot) y += weights[out_row][slot] * routed[out_row][slot][threadIdx.x & 15];
 #pragma unroll
-        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
-        y += before;
+            for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
+            y += before_sum;
+        }
+        float square = y * y;
+        // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
+#pragma unroll
+        for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
+        if (out_row < rows) {
+            residual[size_t(row0 + out_row) * HIDDEN + output] = y;
+            if ((threadIdx.x & 15) == 0) square_sums[(row0 + out_row) * TILES + tile] = square;
+        }
     }
-    float square = y * y;
-    // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
-#pragma unroll
-    for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
-    if (out_row < rows) {
-        residual[size_t(row0 + out_row) * HIDDEN + output] = y;
-        if ((threadIdx.x & 15) == 0) square_sums[(row0 + out_row) * TILES + tile] = square;
-    }
+    finish_turn(turn);
 }

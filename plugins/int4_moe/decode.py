@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
+from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
@@ -83,8 +84,6 @@ class MoEWorkspace:
     """Buffers of a layer, for up to `rows` rows; layers can share them."""
 
     logits: Tensor
-    weights: Tensor
-    work: Tensor
     inputs: Tensor
     hidden: Tensor
     shared: Tensor
@@ -93,28 +92,29 @@ class MoEWorkspace:
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> MoEWorkspace:
         """Room for `rows` rows of layers like `weights`."""
         experts, hidden = weights.router.shape
-        k, tiles = weights.routing.top_k, -(-rows // COLUMNS)
         return cls(
             torch.empty(rows, experts, device=device),
-            torch.empty(rows, k, device=device),
-            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, experts), dtype=torch.int32, device=device),
             torch.empty(rows, hidden, dtype=torch.half, device=device),
-            torch.empty(rows, k, weights.width, dtype=torch.half, device=device),
+            torch.empty(rows, weights.routing.top_k, weights.width, dtype=torch.half, device=device),
             torch.empty(rows, max(1, weights.shared_width), dtype=torch.half, device=device),
         )
 
 
-def moe_decode(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+def moe_decode(
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
+) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
 
-    ValueError here and below: more than 16 rows.
+    turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
     """
-    route(residual, norm, weights, workspace, rows)
-    experts_up(weights, workspace, rows)
-    experts_down(residual, norm.square_sums, weights, workspace, rows)
+    route(residual, norm, weights, workspace, rows, turns)
+    experts_up(weights, workspace, rows, turns)
+    experts_down(residual, norm.square_sums, weights, workspace, rows, turns)
 
 
-def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+def route(
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
+) -> None:
     """The router's product, the experts' inputs, and the shared expert up to its gated product."""
     check_rows(rows)
     experts, hidden = weights.router.shape
@@ -124,22 +124,23 @@ def route(residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorks
     grid = (blocks, -(-rows // COLUMNS))
     fc, proj = weights.shared_fc, weights.shared_proj
     shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2 * pairs, normalised=True)
-    kernel(SOURCE, "route", weights.macros)(
-        grid, 32 * _ROUTE_WARPS, residual, norm.square_sums, norm.weight, norm.eps, weights.router,
+    launch_in_turn(
+        turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
+        residual, norm.square_sums, norm.weight, norm.eps, weights.router,
         weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
         None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
         None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
     )  # fmt: skip
 
 
-def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
-    """Choose the experts, list the work, and run the chosen ones up to their gated products."""
+def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None) -> None:
+    """Choose the experts, and run the chosen ones up to their gated products."""
     check_rows(rows)
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
-    kernel(SOURCE, "experts_up", weights.macros)(
-        (1 + weights.width // 16, entries, -(-rows // COLUMNS)), 32 * _UP_WARPS, workspace.inputs, workspace.logits,
-        weights.correction_bias, workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales,
+    launch_in_turn(
+        turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, entries, -(-rows // COLUMNS)),
+        32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
         weights.proj.pre_quant_scale, workspace.hidden, rows,
     )  # fmt: skip
 
@@ -150,12 +151,14 @@ def experts_down(
     weights: MoEWeights,
     workspace: MoEWorkspace,
     rows: int,
+    turns: Turns | None = None,
 ) -> None:
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
     shared = weights.shared_proj
-    kernel(SOURCE, "experts_down", weights.macros)(
-        (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work,
-        workspace.weights, weights.proj.codes, weights.proj.scales, None if shared is None else shared.codes,
-        None if shared is None else shared.scales, residual, square_sums, rows,
+    launch_in_turn(
+        turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
+        32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
+        weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
+        square_sums, rows,
     )  # fmt: skip

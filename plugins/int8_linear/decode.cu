@@ -4,6 +4,7 @@
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
 #include "speculative_accept/choose.cuh"
+#include "turns.cuh"
 
 // 16 outputs x 64 inputs of INT8 codes, stored + 128: step j of a lane is 4 codes of row g, then 4 of row g + 8
 // (trtvlm.plugins.int8_linear.tiles).
@@ -62,7 +63,9 @@ static_assert(HIDDEN % 64 == 0 && VOCAB % 16 == 0, "sizes the kernel was written
 // null; best_values and best_tokens [rows, blocks].
 extern "C" __global__ void __launch_bounds__(32 * HEAD_WARPS)
     head(const float* residual, const float* square_sums, const u16* norm, float eps, const uint4* weights,
-         const u32* group_scales, const float* row_scales, float* logits, float* best_values, int* best_tokens, int all_rows) {
+         const u32* group_scales, const float* row_scales, float* logits, float* best_values, int* best_tokens, int all_rows,
+         TurnCounters* turns, int index, int before) {
+    const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
     __shared__ Candidate found[HEAD_WARPS][COLUMNS];
     u16* x = reinterpret_cast<u16*>(shared);
@@ -75,6 +78,8 @@ extern "C" __global__ void __launch_bounds__(32 * HEAD_WARPS)
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) weight[i].load(weights, group_scales, tile * GROUPS + i);
     }
+    fetch_halves(norm, HIDDEN);
+    await_turn(turn);  // the last launch of a step: nobody waits for it
     const float rms = reciprocal_rms<HIDDEN>(square_sums + row0 * (HIDDEN / 16), rows, eps);
     for (int row = 0; row < rows; ++row) {
         const float r = __shfl_sync(0xffffffffu, rms, 4 * row);

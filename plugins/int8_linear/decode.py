@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import ROWS, half_tiles, int4_tiles
+from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows
 from trtvlm.plugins.int8_linear.tiles import int8_tiles
 
@@ -74,11 +75,12 @@ def head(
     found: tuple[Tensor, Tensor],
     rows: int,
     logits: Tensor | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """found = each block's best logit and its token (the lower of equals); logits float32 [rows, V] too, if given.
 
-    residual float32 [rows, hidden]. The weight has no pre_quant_scale: a checkpoint's head never has one. ValueError: too many
-    rows.
+    residual float32 [rows, hidden]. The weight has no pre_quant_scale: a checkpoint's head never has one. turns: of the step,
+    if its launches overlap, and this the last of them. ValueError: too many rows.
     """
     check_rows(rows)
     blocks, warps = blocks_and_warps(weight.vocab)
@@ -86,7 +88,8 @@ def head(
     shared = min(rows, COLUMNS) * (weight.hidden + 8) * 2
     row_scales = weight.scales if weight.kind == "int8" else None
     group_scales = weight.scales if weight.kind == "int4" else None
-    kernel(SOURCE, "head", macros)(
-        (blocks, -(-rows // COLUMNS)), 32 * warps, residual, norm.square_sums, norm.weight, norm.eps, weight.tiles,
-        group_scales, row_scales, logits, *found, rows, shared=shared,
+    launch_in_turn(
+        turns, kernel(SOURCE, "head", macros), (blocks, -(-rows // COLUMNS)), 32 * warps,
+        residual, norm.square_sums, norm.weight, norm.eps, weight.tiles, group_scales, row_scales, logits, *found, rows,
+        shared=shared,
     )  # fmt: skip

@@ -5,6 +5,7 @@
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
 #include "mla_attention/latent.cuh"
+#include "turns.cuh"
 
 constexpr int HEAD = NOPE + ROPE;    // a head's part of q
 constexpr int KEY = RANK + ROPE;     // what a position is to all heads
@@ -79,6 +80,26 @@ DEVICE void rotate_part(const u16* q, const u16* k_pe, const float* cosines, con
     }
 }
 
+// A warp's 16 latent values of one head, for up to 8 rows.
+DEVICE void absorb_tile(const u16* q, const uint4* keys, u16* queries, int rows, const Turn& turn) {
+    constexpr int UNITS = HEADS * RANK_TILES;
+    const int mine = blockIdx.x * ABSORB_WARPS + warp_id(), unit = smaller(mine, UNITS - 1);
+    const int head = unit / RANK_TILES, tile = unit % RANK_TILES, g = lane_id() >> 2, t = lane_id() & 3;
+    HalfWeight weight[NOPE_GROUPS];
+#pragma unroll
+    for (int group = 0; group < NOPE_GROUPS; ++group) weight[group].load(keys, nullptr, unit * NOPE_GROUPS + group);
+    await_turn(turn);
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int group = 0; group < NOPE_GROUPS; ++group)
+        weight[group].multiply(sum, load_activation(q + head * HEAD, HEADS * HEAD, group, g < rows));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = 2 * t + (i & 1), value = tile * TILE_ROWS + g + 8 * (i >> 1);
+        if (row < rows && mine < UNITS) queries[(size_t(row) * HEADS + head) * KEY + value] = float_to_half(sum[i]);
+    }
+}
+
 // Blocks 0 .. ABSORB_BLOCKS - 1: a warp a tile of 16 latent values of one head. After them, of each of 8 rows: one for
 // its latent, the others for its rotations.
 // q half [rows, HEADS * HEAD], latent half [rows, RANK] and k_pe half [rows, ROPE], their rows a stride apart, keys half tiles
@@ -86,36 +107,24 @@ DEVICE void rotate_part(const u16* q, const u16* k_pe, const float* cosines, con
 extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
     absorb(const u16* q, const u16* latent, int latent_stride, const u16* k_pe, int k_pe_stride, const uint4* keys,
            const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, Latent* latent_cache,
-           u16* latent_scales, u16* rope_cache, int all_rows) {
+           u16* latent_scales, u16* rope_cache, int all_rows, TurnCounters* turns, int index, int before) {
+    const Turn turn = {turns, index, before};
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
-    if (blockIdx.x >= ABSORB_BLOCKS) {
+    if (blockIdx.x < ABSORB_BLOCKS) {
+        absorb_tile(q + size_t(row0) * HEADS * HEAD, keys, queries + size_t(row0) * HEADS * KEY, rows, turn);
+    } else {
         const int row = (blockIdx.x - ABSORB_BLOCKS) / APPEND_BLOCKS, part = (blockIdx.x - ABSORB_BLOCKS) % APPEND_BLOCKS;
-        if (row >= rows) return;
         const int position = *cursor + row0 + row;
-        if (part == 0)
+        await_turn(turn);
+        if (row >= rows) {
+        } else if (part == 0)
             append_latent(latent + size_t(row0 + row) * latent_stride, norm, position, latent_cache, latent_scales);
         else
             rotate_part(q + size_t(row0 + row) * HEADS * HEAD, k_pe + size_t(row0 + row) * k_pe_stride,
                         cosines + position * (ROPE / 2), sines + position * (ROPE / 2),
                         queries + size_t(row0 + row) * HEADS * KEY, rope_cache + size_t(position) * ROPE, part - 1);
-        return;
     }
-    const int unit = blockIdx.x * ABSORB_WARPS + warp_id();
-    if (unit >= HEADS * RANK_TILES) return;
-    const int head = unit / RANK_TILES, tile = unit % RANK_TILES, g = lane_id() >> 2, t = lane_id() & 3;
-    HalfWeight weight[NOPE_GROUPS];
-#pragma unroll
-    for (int group = 0; group < NOPE_GROUPS; ++group) weight[group].load(keys, nullptr, unit * NOPE_GROUPS + group);
-    float sum[4] = {0.f, 0.f, 0.f, 0.f};
-    const u16* x = q + size_t(row0) * HEADS * HEAD + head * HEAD;
-#pragma unroll
-    for (int group = 0; group < NOPE_GROUPS; ++group)
-        weight[group].multiply(sum, load_activation(x, HEADS * HEAD, group, g < rows));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int row = 2 * t + (i & 1), value = tile * TILE_ROWS + g + 8 * (i >> 1);
-        if (row < rows) queries[(size_t(row0 + row) * HEADS + head) * KEY + value] = float_to_half(sum[i]);
-    }
+    finish_turn(turn);
 }
 
 // ---- attend -------------------------------------------------------------------------------------------------------
@@ -130,80 +139,54 @@ static_assert(ATTEND_WARPS == SCORE_PARTS * SCORE_TILES, "four warps share the i
 static_assert(ATTEND_WARPS == 16 && ROPE <= 256, "a warp a head; a lane a piece");
 static_assert(KEY_STRIDE / 8 % 2 == 1, "padding");
 
-// Positions `first` .. first + CHUNK - 1 of the caches as halves, or to become them when copies were waited for: a warp a
-// position at a time, pieces of 8 values. Every load is under way before the first is waited for.
-DEVICE void load_keys(u16* keys, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, int first) {
-    constexpr int TURNS = CHUNK / ATTEND_WARPS, PIECES = (RANK / 8 + 31) / 32;
+// A chunk's keys to shared memory, a warp a position at a time, in pieces of 8 values: those cached before this step, or the others.
+// Codes pass through registers, and all are asked for before the first is waited for.
+DEVICE void load_keys(u16* keys, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, int first, int cached,
+                      bool before) {
+    constexpr int POSITIONS = CHUNK / ATTEND_WARPS, PIECES = (RANK / 8 + 31) / 32;
 #if INT8_LATENT
-    uint2 codes[TURNS][PIECES];
-    u32 scale[TURNS];
+    uint2 codes[POSITIONS][PIECES];
+    u32 scale[POSITIONS];
 #endif
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn) {
-        const int at = warp_id() + turn * ATTEND_WARPS;
+    for (int i = 0; i < POSITIONS; ++i) {
+        const int at = warp_id() + i * ATTEND_WARPS;
+        if ((first + at < cached) != before) continue;
         const size_t position = first + at;
         u16* to = keys + at * KEY_STRIDE;
+#if INT8_LATENT
+        scale[i] = load_scale(latent_scales + position);
+#endif
 #pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
-            const int piece = lane_id() + 32 * i;
+        for (int j = 0; j < PIECES; ++j) {
+            const int piece = lane_id() + 32 * j;
             if (piece >= RANK / 8) continue;
 #if INT8_LATENT
-            codes[turn][i] = *reinterpret_cast<const uint2*>(latent_cache + position * RANK + piece * 8);
+            codes[i][j] = load_codes(latent_cache + position * RANK + piece * 8);
 #else
             copy_async(to + piece * 8, latent_cache + position * RANK + piece * 8);
 #endif
         }
-#if INT8_LATENT
-        scale[turn] = latent_scales[position];
-#endif
         if (lane_id() < ROPE / 8) copy_async(to + RANK + lane_id() * 8, rope_cache + position * ROPE + lane_id() * 8);
     }
 #if INT8_LATENT
 #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn)
+    for (int i = 0; i < POSITIONS; ++i) {
+        const int at = warp_id() + i * ATTEND_WARPS;
+        if ((first + at < cached) != before) continue;
 #pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
-            const int piece = lane_id() + 32 * i;
-            if (piece < RANK / 8)
-                *reinterpret_cast<uint4*>(keys + (warp_id() + turn * ATTEND_WARPS) * KEY_STRIDE + piece * 8) =
-                    decoded(codes[turn][i], scale[turn] * 0x10001u);
+        for (int j = 0; j < PIECES; ++j) {
+            const int piece = lane_id() + 32 * j;
+            if (piece < RANK / 8) *reinterpret_cast<uint4*>(keys + at * KEY_STRIDE + piece * 8) = decoded(codes[i][j], scale[i]);
         }
+    }
 #endif
 }
 
-// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs float [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
-// how many the workspace has room for. Scores are in units of log2(e).
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
-           float scale, float* outputs, Share* shares, int chunks, int room, const u64* ahead,
-           int ahead_count) {
-    extern __shared__ uint4 shared[];
-    if (blockIdx.x >= room) {
-        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
-        return;
-    }
-    u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]
-    u16* mine = keys + CHUNK * KEY_STRIDE;              // [16][KEY_STRIDE]
-    u16* weights = mine + 16 * KEY_STRIDE;              // [16][WEIGHT_STRIDE]
-    float* scores = reinterpret_cast<float*>(weights + 16 * WEIGHT_STRIDE);  // [SCORE_PARTS][16][SCORE_STRIDE]
-
-    const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
-    // Loads need not wait for the cursor: what lies further on in the caches is finite, and gets no weight.
-    const int seen = *cursor + row + 1;  // positions this row sees
-
-    {  // a warp a head
-        const int head = head0 + warp_id();
-        const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
-#pragma unroll
-        for (int piece = lane_id(); piece < KEY / 8; piece += 32)
-            copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
-    }
-    load_keys(keys, latent_cache, latent_scales, rope_cache, first);
-    copy_commit();
-    copy_wait<0>();
-    if (first >= seen) return;
-    __syncthreads();
-
+// A chunk's scores under the queries of 16 heads, and its share of their outputs. outputs [HEADS, RANK] and shares [HEADS] of this
+// row and chunk; `seen` positions count from the chunk's first.
+DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* scores, float scale, int seen, int head0,
+                         float* outputs, Share* shares) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
     {
         const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
@@ -232,20 +215,19 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
         float score = at[0];
 #pragma unroll
         for (int part = 1; part < SCORE_PARTS; ++part) score += at[part * 16 * SCORE_STRIDE];
-        score = first + lane_id() < seen ? score * scale : MINUS_INFINITY;
+        score = lane_id() < seen ? score * scale : MINUS_INFINITY;
         const float peak = warp_max(score);
         const u16 weight = float_to_half(exp2f(score - peak));
         const float sum = warp_sum(half_to_float(weight));
         weights[head * WEIGHT_STRIDE + lane_id()] = weight;
-        if (lane_id() == 0 && head0 + head < HEADS)
-            shares[(size_t(row) * chunks + chunk) * HEADS + head0 + head] = Share{peak, sum};
+        if (lane_id() == 0 && head0 + head < HEADS) shares[head0 + head] = Share{peak, sum};
     }
     __syncthreads();
 
     u32 a[2][4];
     load_a(a[0], weights, WEIGHT_STRIDE);
     load_a(a[1], weights + 16, WEIGHT_STRIDE);
-    float* out = outputs + ((size_t(row) * chunks + chunk) * HEADS + head0) * RANK;
+    float* out = outputs + head0 * RANK;
 #pragma unroll 4
     for (int tile = warp_id(); tile < RANK / 8; tile += ATTEND_WARPS) {
         u32 b[4];
@@ -257,6 +239,45 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
         if (head0 + g < HEADS) *reinterpret_cast<float2*>(out + size_t(g) * RANK + column) = float2{sum[0], sum[1]};
         if (head0 + g + 8 < HEADS) *reinterpret_cast<float2*>(out + size_t(g + 8) * RANK + column) = float2{sum[2], sum[3]};
     }
+}
+
+// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs float [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
+// how many the workspace has room for. Scores are in units of log2(e).
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
+    attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
+           float scale, float* outputs, Share* shares, int chunks, int room, const u64* ahead, int ahead_count, TurnCounters* turns,
+           int index, int before) {
+    const Turn turn = {turns, index, before};
+    extern __shared__ uint4 shared[];
+    if (blockIdx.x >= room) {
+        start_turn(turn);
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
+        return;
+    }
+    u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]
+    u16* mine = keys + CHUNK * KEY_STRIDE;              // [16][KEY_STRIDE]
+    u16* weights = mine + 16 * KEY_STRIDE;              // [16][WEIGHT_STRIDE]
+    float* scores = reinterpret_cast<float*>(weights + 16 * WEIGHT_STRIDE);  // [SCORE_PARTS][16][SCORE_STRIDE]
+
+    const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
+    const int cached = *cursor, seen = cached + row + 1 - first;  // positions this row sees, from the chunk's first on
+    load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, true);
+    await_turn(turn);
+    if (seen > 0) {
+        const int head = head0 + warp_id();
+        const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
+#pragma unroll
+        for (int piece = lane_id(); piece < KEY / 8; piece += 32)
+            copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
+        // What lies further on in the caches is finite, and gets no weight.
+        load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, false);
+    }
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    const size_t at = (size_t(row) * chunks + chunk) * HEADS;
+    if (seen > 0) attend_chunk(keys, mine, weights, scores, scale, seen, head0, outputs + at * RANK, shares + at);
+    finish_turn(turn);
 }
 
 // ---- combine ------------------------------------------------------------------------------------------------------
@@ -271,7 +292,9 @@ using Mixed = Slice<RANK, COMBINE_WARPS>;
 // Block (head, part of its values), row. values half tiles [HEADS, VALUE / 16, RANK / 64]; out half [rows, HEADS * VALUE].
 // `room`: chunks that the step's span has.
 extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES > 2 ? 2 : 1)
-    combine(const float* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room) {
+    combine(const float* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room,
+            TurnCounters* turns, int index, int before) {
+    const Turn turn = {turns, index, before};
     __shared__ __align__(16) u16 mixed[COMBINE_WARPS][Mixed::STRIDE];
     __shared__ float partials[COMBINE_WARPS][COMBINE_TILES * TILE_ROWS];
     const int head = blockIdx.x / COMBINE_PARTS, tile0 = blockIdx.x % COMBINE_PARTS * COMBINE_TILES, row = blockIdx.y;
@@ -287,6 +310,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES >
 #pragma unroll
     for (int step = 0; step < Mixed::STEPS; ++step)
         if (EARLY && Mixed::has(step)) load(step);
+    await_turn(turn);
     const size_t at = size_t(row) * chunks * HEADS + head;
     float sum[COMBINE_TILES][4] = {};
 #pragma unroll
@@ -318,4 +342,5 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, COMBINE_TILES >
         const float y = sum_partials<COMBINE_WARPS>(partials[0] + threadIdx.x, COMBINE_TILES * TILE_ROWS);
         out[size_t(row) * HEADS * VALUE + head * VALUE + tile0 * TILE_ROWS + threadIdx.x] = float_to_half(y);
     }
+    finish_turn(turn);
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import half_tiles
+from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, check_rows
 
 SOURCE = "mla_attention/decode.cu"
@@ -88,6 +89,7 @@ def mla_decode(
     rows: int,
     span: int,
     coming: Ahead = NOTHING,
+    turns: Turns | None = None,
     scales: Tensor | None = None,
 ) -> None:
     """Append rows at cursor int32 [1] to latent_cache half [S, rank] and rope_cache half [S, rope], and attend.
@@ -95,7 +97,8 @@ def mla_decode(
     With scales half [S], latent_cache is int8 codes (`trtvlm.model.latent_codes`).
     q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32
     tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within.
-    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`). ValueError: more than 16 rows.
+    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`); turns: of the step, if its launches overlap.
+    ValueError: more than 16 rows.
     """
     check_rows(rows)
     w = weights
@@ -109,7 +112,9 @@ def mla_decode(
     append_blocks = 1 + -(-(w.heads + 1) * (w.rope // 2) // _PAIRS)
     absorb_blocks = -(-w.heads * (w.rank // 16) // _ABSORB_WARPS) + COLUMNS * append_blocks
     queries, outputs, shares, chunks = workspace.queries, workspace.outputs, workspace.shares, workspace.chunks
-    kernel(SOURCE, "absorb", macros)(
+    launch_in_turn(
+        turns,
+        kernel(SOURCE, "absorb", macros),
         (absorb_blocks, tiles),
         32 * _ABSORB_WARPS,
         q,
@@ -132,13 +137,15 @@ def mla_decode(
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     extra = BLOCKS if coming.count else 0
-    kernel(SOURCE, "attend", macros)(
-        (room + extra, -(-w.heads // 16), rows), 32 * _ATTEND_WARPS,
+    heads16 = -(-w.heads // 16)
+    launch_in_turn(
+        turns, kernel(SOURCE, "attend", macros), (room + extra, heads16, rows), 32 * _ATTEND_WARPS,
         queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, room, coming.pieces, coming.count,
-        shared=shared,
+        shared=shared, finishing=room * heads16 * rows,
     )  # fmt: skip
-    kernel(SOURCE, "combine", macros)(
-        (w.heads * (w.value // 16 // combine_tiles), rows), 32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out,
+    launch_in_turn(
+        turns, kernel(SOURCE, "combine", macros), (w.heads * (w.value // 16 // combine_tiles), rows),
+        32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out,
         chunks, room,
     )  # fmt: skip
 

@@ -15,14 +15,26 @@ DEVICE u16 float_to_half_up(float value) {
     return out;
 }
 
-// Codes stored as they are in bytes `selector` picks of a word whose sign bits were flipped: as exact halves, times the scale.
-// Byte u under 0x64 is the half 1024 + u, and u is code + 128.
+// Loads of the cache, out of L2: another launch may write other positions meanwhile.
+DEVICE uint2 load_codes(const void* address) {
+    uint2 out;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(out.x), "=r"(out.y) : "l"(address));
+    return out;
+}
+DEVICE u32 load_scale(const u16* address) {  // the same half twice
+    u16 out;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(out) : "l"(address));
+    return pack_halves(out, out);
+}
+
+// Two codes, which `selector` picks out of a word whose sign bits were flipped, times the scale (the same half twice). Byte u
+// under 0x64 is the half 1024 + u, and u is code + 128: halves are exact until the product.
 DEVICE u32 decoded(u32 flipped, u32 selector, u32 scale) {
     constexpr u32 minus_1152 = 0x64806480;
     return half2_mul(half2_sub(__byte_perm(flipped, 0x64646464, selector), minus_1152), scale);
 }
 
-// Eight codes times a scale (the same half twice), each rounded to half once.
+// Eight codes times the scale, each rounded to half once.
 DEVICE uint4 decoded(uint2 codes, u32 scale) {
     const u32 low = codes.x ^ 0x80808080, high = codes.y ^ 0x80808080;
     return uint4{decoded(low, 0x4140, scale), decoded(low, 0x4342, scale), decoded(high, 0x4140, scale),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trtvlm.model.cache import HeadCache, KVCache, LatentCache
 from trtvlm.plugins.cuda.ahead import NOTHING, Ahead, ahead
+from trtvlm.plugins.cuda.turns import Turns
 from trtvlm.plugins.embedding.cuda import embed
 from trtvlm.plugins.gqa_attention.decode import GQAWorkspace, gqa_decode
 from trtvlm.plugins.int4_linear.decode import (
@@ -26,6 +27,7 @@ from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_de
 from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
 
 Candidates = tuple[Tensor, Tensor]
+_LAUNCHES = 8  # of a layer, at most
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,17 @@ class DecodeProgram:
     """Launches steps of 1 to `max_rows` rows over caches of `positions` positions (batch 1).
 
     `logits` float32 [max_rows, V] is written when a step asks for it; `found` are the head's candidates, always.
+    overlap: the launches of a captured step overlap (`trtvlm.plugins.cuda.turns`).
     """
 
-    def __init__(self, weights: LanguageWeights, cache: KVCache, max_rows: int = 8, fetch_ahead: bool = True) -> None:
+    def __init__(
+        self,
+        weights: LanguageWeights,
+        cache: KVCache,
+        max_rows: int = 8,
+        fetch_ahead: bool = True,
+        overlap: bool = True,
+    ) -> None:
         check_rows(max_rows)
         self.weights, self.cache, self.max_rows, self.fetch_ahead = weights, cache, max_rows, fetch_ahead
         config, device = weights.config, weights.embedding.device
@@ -58,6 +68,8 @@ class DecodeProgram:
         self.square_sums = torch.zeros(rows, hidden // 16, device=device)
         self._layers = [self._pack(layer) for layer in weights.layers]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
+        launches = _LAUNCHES * len(self._layers) + 1
+        self._turns = Turns(launches, device) if overlap and device.type == "cuda" else None
         self.found = candidates(config.vocab_size, rows, device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
         first = self._layers[0]
@@ -88,52 +100,62 @@ class DecodeProgram:
 
         chosen_from: another step's candidates (values [blocks], tokens [blocks]) that the last token is chosen from first.
         """
-        embed(tokens, self.weights.embedding, self.residual, self.square_sums, rows, chosen_from)
-        self.launch_layers(cursor, rows, span)
-        self.launch_head(rows, logits)
-
-    def launch_layers(self, cursor: Tensor, rows: int, span: int) -> None:
-        """All decoder layers on the residual stream."""
+        turns = self._turns if self._turns is not None and torch.cuda.is_current_stream_capturing() else None
+        counters = None if turns is None else turns.counters
+        embed(tokens, self.weights.embedding, self.residual, self.square_sums, rows, chosen_from, counters)
+        if turns is not None:
+            turns.begin()
         for index in range(len(self._layers)):
-            self.launch_attention(index, cursor, rows, span)
-            self.launch_mlp(index, rows)
+            self.launch_attention(index, cursor, rows, span, turns)
+            self.launch_mlp(index, rows, turns)
+        self.launch_head(rows, logits, turns)
+        if turns is not None:
+            turns.end()
 
-    def launch_attention(self, index: int, cursor: Tensor, rows: int, span: int) -> None:
+    def launch_attention(self, index: int, cursor: Tensor, rows: int, span: int, turns: Turns | None = None) -> None:
         """The first half of layer `index`, up to its residual sum."""
         layer = self._layers[index]
-        linear(self.residual, layer.qkv, self._q, rows, layer.input_norm, self._kv)
-        self._attend(layer, self.cache.layers[index], cursor, rows, span)
-        add_linear(self._attended, layer.dense, self.residual, self.square_sums, rows)
+        linear(self.residual, layer.qkv, self._q, rows, layer.input_norm, self._kv, turns)
+        self._attend(layer, self.cache.layers[index], cursor, rows, span, turns)
+        add_linear(self._attended, layer.dense, self.residual, self.square_sums, rows, turns)
 
-    def launch_mlp(self, index: int, rows: int) -> None:
+    def launch_mlp(self, index: int, rows: int, turns: Turns | None = None) -> None:
         """The second half of layer `index`."""
         layer = self._layers[index]
         if layer.moe is not None:
             assert self._moe is not None
-            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows)
+            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, turns)
             return
         assert layer.fc is not None
         assert layer.proj is not None
         assert self._inner is not None
-        gated_linear(self.residual, layer.fc, self._inner, rows, layer.post_norm, layer.proj.pre_quant_scale)
+        gated_linear(self.residual, layer.fc, self._inner, rows, layer.post_norm, layer.proj.pre_quant_scale, turns)
         # Its scale was applied with the gate.
         plain = LinearWeight(layer.proj.codes, layer.proj.scales)
-        add_linear(self._inner, plain, self.residual, self.square_sums, rows)
+        add_linear(self._inner, plain, self.residual, self.square_sums, rows, turns)
 
     @property
     def router_logits(self) -> Tensor | None:
         """What the last layer with experts that was launched has written: float32 [max_rows, experts]; None: there is none."""
         return None if self._moe is None else self._moe.logits
 
-    def launch_head(self, rows: int, logits: bool) -> None:
+    def launch_head(self, rows: int, logits: bool, turns: Turns | None = None) -> None:
         """The final norm and the LM head."""
-        head(self.residual, self._norm, self.weights.head, self.found, rows, self.logits if logits else None)
+        head(self.residual, self._norm, self.weights.head, self.found, rows, self.logits if logits else None, turns)
 
     def best(self, row: int) -> Candidates:
         """The candidates of one row."""
         return self.found[0][row], self.found[1][row]
 
-    def _attend(self, layer: _Layer, cache: LatentCache | HeadCache, cursor: Tensor, rows: int, span: int) -> None:
+    def _attend(
+        self,
+        layer: _Layer,
+        cache: LatentCache | HeadCache,
+        cursor: Tensor,
+        rows: int,
+        span: int,
+        turns: Turns | None,
+    ) -> None:
         rope = self.weights.rope
         if isinstance(cache, LatentCache):
             assert layer.mla is not None
@@ -141,7 +163,8 @@ class DecodeProgram:
             assert isinstance(self._attention, MLAWorkspace)
             mla_decode(
                 self._q, self._kv, layer.mla, rope, cache.latent[0], cache.k_pe[0], cursor, self._attended,
-                self._attention, rows, span, layer.coming, None if cache.scales is None else cache.scales[0],
+                self._attention, rows, span, layer.coming, turns,
+                None if cache.scales is None else cache.scales[0],
             )  # fmt: skip
             return
         assert isinstance(self._attention, GQAWorkspace)
@@ -158,6 +181,7 @@ class DecodeProgram:
             rows,
             span,
             layer.coming,
+            turns,
         )
 
     def _pack(self, layer: LayerWeights) -> _Layer:

@@ -65,6 +65,11 @@ template <class... T> static void ld_global_nc_L1_no_allocate_v4_u32(T&&... all)
 template <class... T> static void ld_global_nc_v4_u32(T&&... all) { load_words(all...); }
 template <class... T> static void ld_global_v4_u32(T&&... all) { load_words(all...); }
 template <class... T> static void ld_global_cg_v4_u32(T&&... all) { load_words(all...); }
+[[maybe_unused]] static void ld_global_cg_v2_u32(unsigned& x, unsigned& y, const void* address) {
+    const uint2 value = aligned<uint2>(address);
+    x = value.x, y = value.y;
+}
+[[maybe_unused]] static void ld_global_cg_u16(half& out, const void* address) { out = aligned<half>(address); }
 [[maybe_unused]] static void ld_global_nc_u32(unsigned& out, const void* address) { out = aligned<unsigned>(address); }
 [[maybe_unused]] static void ld_global_nc_L1_no_allocate_u32(unsigned& out, const void* address) {
     out = aligned<unsigned>(address);
