@@ -167,10 +167,12 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
+CURSORS = {False: (0, 25, 31, 1000, POSITIONS - 16), True: (0, 25, POSITIONS - 16)}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("coded", [False, True], ids=["halves", "codes"])
+@pytest.mark.parametrize(("cursor", "coded"), [(at, coded) for coded, every in CURSORS.items() for at in every])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("cursor", [0, 25, 31, 1000, POSITIONS - 16])
 @pytest.mark.parametrize("rows", ROWS)
 def test_same_as_the_reference_and_as_a_row_alone(rows: int, cursor: int, size: Size, coded: bool) -> None:
     together, alone = make(size, cursor, rows, coded), make(size, cursor, rows, coded)
@@ -191,10 +193,11 @@ def test_same_as_the_reference_and_as_a_row_alone(rows: int, cursor: int, size: 
 
 
 @pytest.mark.gpu
-def test_a_graph_reads_the_cursor_anew() -> None:
+@pytest.mark.parametrize("coded", [False, True], ids=["halves", "codes"])
+def test_a_graph_reads_the_cursor_anew(coded: bool) -> None:
     size, rows, cursors = SIZES["small"], 5, (3, 29, 700)
     buffers, at = workspace(size, rows), torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    case = make(size, 0, rows)
+    case = make(size, 0, rows, coded)
 
     def launch() -> None:
         decode(case, slice(None), at, buffers, rows)
@@ -204,7 +207,7 @@ def test_a_graph_reads_the_cursor_anew() -> None:
     with torch.cuda.graph(graph):
         launch()
     for cursor in cursors:
-        fresh = make(size, cursor, rows)
+        fresh = make(size, cursor, rows, coded)
         for mine, theirs in zip(
             (case.q, case.kv, *case.cache.tensors()), (fresh.q, fresh.kv, *fresh.cache.tensors()), strict=True
         ):
