@@ -6,6 +6,9 @@ Every model has random weights of the real sizes (the first --layers layers of t
 error of each half layer and of the logits, how often the most likely token agrees, and whether the bits of a row are the
 same computed with 1 to 16 others. Exits with status 1 if a bound is exceeded.
 
+With --kv-cache int8 the reference caches in codes too; where rounding leaves a latent on the other side of a half, its code is
+one apart, so errors are some times those of fp16.
+
 Where two experts' scores are nearly equal, rounding decides which is chosen, and a random model's token is then another one. So
 the reference is given the kernels' choices of experts for `error` and `top1`; how many choices differ from its own, and by how
 little in score at most, is said beside (`flipped`, `flip_margin`), and the error with its own choices is `error_unforced`.
@@ -26,6 +29,7 @@ from torch import Tensor
 from trtvlm.model.cache import KVCache
 from trtvlm.model.cache_kind import CacheKind, check_cache_kind
 from trtvlm.model.config import LanguageConfig
+from trtvlm.model.errors import UserError
 from trtvlm.model.language import LanguageModel
 from trtvlm.model.moe import MoE, Router
 from trtvlm.model.sizes import language_size
@@ -201,4 +205,7 @@ def main(models: tuple[str, ...], layers: int, tokens: int, lm_head: str, kv_cac
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
