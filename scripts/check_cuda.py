@@ -207,5 +207,5 @@ def main(models: tuple[str, ...], layers: int, tokens: int, lm_head: str, kv_cac
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except UserError as reason:
+        sys.exit(f"error: {reason}")
