@@ -104,10 +104,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_pe, latent, k_pe = self.project(x, rope)
         if cache is not None:
             assert isinstance(cache, LatentCache)
-            end = start + length
-            cache.latent[:, start:end] = latent
-            cache.k_pe[:, start:end] = k_pe
-            latent, k_pe = cache.latent[:, :end], cache.k_pe[:, :end]
+            cache.write(start, latent, k_pe)
+            latent, k_pe = cache.read(start + length)
         if length == 1:
             attended = self.absorbed(q_nope, q_pe, latent, k_pe, mask)
         else:

@@ -1,7 +1,8 @@
 """The file that `trtvlm bench` writes and `benchmarks/bench-h200.json` is: one GPU, some models, what each of them did.
 
     {"schema": "trtvlm-bench", "version": 1, "gpu": "NVIDIA H200", "driver": ..., "torch": ..., "nvrtc": ..., "cuda_core": ...,
-     "date": "2026-11-21", "command": "trtvlm bench ...", "context": 1024, "lm_head": "int8", "copy_gbps": 4300.0,
+     "date": "2026-11-21", "command": "trtvlm bench ...", "context": 1024, "lm_head": "int8", "kv_cache": "fp16",
+     "copy_gbps": 4300.0,
      "models": {"deepseek-vl2-small": {
          "weights": "random", "date": ..., "command": ...,
          "steps": [{"rows": 1, "ms": {"p50": 0.8, "p95": ..., "p99": ..., "replays": 500}, "bytes": 1576000000,
@@ -13,8 +14,8 @@
          "cold_start": {"compiled": {"imports": 9.1, ..., "first token": 20.3}, "from disk": {...}},
          "baselines": [{"name": ..., "ms": {...}, "seconds": ...}, {"name": ..., "failed": ...}]}}}
 
-Sections that were not measured are not there. Times are milliseconds, a kernel's are microseconds of one launch; sizes are
-bytes; a cold start is in seconds since its process began.
+Sections that were not measured are not there; a file without `kv_cache` is of fp16. Times are milliseconds, a kernel's are
+microseconds of one launch; sizes are bytes; a cold start is in seconds since its process began.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from trtvlm.model.cache_kind import CACHE_KINDS
 from trtvlm.model.errors import UserError
 
 SCHEMA, VERSION = "trtvlm-bench", 1
-SAME = ("gpu", "driver", "torch", "nvrtc", "cuda_core", "context", "lm_head")
+SAME = ("gpu", "driver", "torch", "nvrtc", "cuda_core", "context", "lm_head", "kv_cache")
 """What must not differ between models in one file."""
+_UNSAID = {"kv_cache": "fp16"}
 _SPREAD = ("p50", "p95", "p99", "replays")
 
 Record = dict[str, Any]
@@ -80,10 +83,10 @@ def merged(old: Record, new: Record, path: Path) -> Record:
 def check_same(old: Record, new: Record, path: Path) -> None:
     """UserError unless two runs, of which `path` holds the old one, can stand in one file."""
     for name in SAME:
-        if old.get(name) != new.get(name):
+        mine, other = (record.get(name, _UNSAID.get(name)) for record in (old, new))
+        if mine != other:
             raise UserError(
-                f"{path} was measured with {name} {old.get(name)}, this run with {new.get(name)}: give another --output, or "
-                "remove it."
+                f"{path} was measured with {name} {mine}, this run with {other}: give another --output, or remove it."
             )
 
 
@@ -94,6 +97,8 @@ def check(raw: Any) -> None:
     for name in ("gpu", "date", "command", "lm_head"):
         if not isinstance(raw[name], str):
             raise TypeError(f"{name} is no text")
+    if raw.get("kv_cache", _UNSAID["kv_cache"]) not in CACHE_KINDS:
+        raise ValueError(f"kv_cache is {raw['kv_cache']!r}, none of {', '.join(CACHE_KINDS)}")
     _number(raw, "context")
     _number(raw, "copy_gbps")
     for name, entry in raw["models"].items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -58,6 +59,7 @@ class BenchResults:
     lm_head: str
     steps: dict[str, tuple[StepTime, ...]]
     copy_gbps: float | None = None
+    kv_cache: CacheKind = "fp16"
 
     @classmethod
     def read(cls, path: Path) -> BenchResults:
@@ -87,6 +89,7 @@ class BenchResults:
             str(raw["lm_head"]),
             {model: found for model, found in steps.items() if found},
             None if copy is None else float(copy),
+            "int8" if raw.get("kv_cache") == "int8" else "fp16",
         )
 
 

@@ -5,15 +5,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig
+from trtvlm.model.latent_codes import dequantize_latent, quantize_latent
 
 
 @dataclass
 class LatentCache:
-    """One MLA layer: normalised latent [B, S, kv_lora_rank] and the rotated key part all heads share [B, S, rope]."""
+    """One MLA layer: normalised latent [B, S, kv_lora_rank] and the rotated key part all heads share [B, S, rope].
+
+    With `scales` half [B, S], the latent is held as int8 codes (`trtvlm.model.latent_codes`).
+    """
 
     latent: Tensor
     k_pe: Tensor
+    scales: Tensor | None = None
+
+    def write(self, start: int, latent: Tensor, k_pe: Tensor) -> None:
+        """Put latents [B, T, kv_lora_rank] and key parts [B, T, rope] at positions `start` and on."""
+        place = slice(start, start + latent.shape[1])
+        if self.scales is None:
+            self.latent[:, place] = latent
+        else:
+            self.latent[:, place], self.scales[:, place] = quantize_latent(latent)
+        self.k_pe[:, place] = k_pe
+
+    def read(self, end: int) -> tuple[Tensor, Tensor]:
+        """What attention sees of the first `end` positions: latents and key parts, both in the key parts' type."""
+        latent, k_pe = self.latent[:, :end], self.k_pe[:, :end]
+        if self.scales is None:
+            return latent, k_pe
+        return dequantize_latent(latent, self.scales[:, :end], k_pe.dtype), k_pe
+
+    def tensors(self) -> list[Tensor]:
+        """All of it."""
+        return [tensor for tensor in (self.latent, self.k_pe, self.scales) if tensor is not None]
 
 
 @dataclass
@@ -23,6 +49,10 @@ class HeadCache:
     k: Tensor
     v: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All of it."""
+        return [self.k, self.v]
+
 
 LayerCache = LatentCache | HeadCache
 
@@ -30,7 +60,8 @@ LayerCache = LatentCache | HeadCache
 class KVCache:
     """Room for `max_len` positions of `batch` sequences in every layer; `length` positions of it are filled.
 
-    Layers write at `length`, the model advances it, and `rollback` forgets: nothing is copied or zeroed.
+    Layers write at `length`, the model advances it, and `rollback` forgets: nothing is copied or zeroed. `kind` int8 holds
+    latents as codes; keys and values of plain attention are held in `dtype` whatever it is.
     """
 
     def __init__(
@@ -40,6 +71,7 @@ class KVCache:
         max_len: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kind: CacheKind = "fp16",
     ) -> None:
         self.batch = batch
         self.max_len = max_len
@@ -48,9 +80,12 @@ class KVCache:
         for _ in range(config.num_hidden_layers):
             if config.use_mla:
                 assert config.kv_lora_rank is not None
-                latent = torch.zeros(batch, max_len, config.kv_lora_rank, dtype=dtype, device=device)
+                coded = kind == "int8"
+                held = torch.int8 if coded else dtype
+                latent = torch.zeros(batch, max_len, config.kv_lora_rank, dtype=held, device=device)
                 k_pe = torch.zeros(batch, max_len, config.qk_rope_head_dim, dtype=dtype, device=device)
-                self.layers.append(LatentCache(latent, k_pe))
+                scales = torch.zeros(batch, max_len, dtype=torch.half, device=device) if coded else None
+                self.layers.append(LatentCache(latent, k_pe, scales))
             else:
                 shape = (batch, config.num_key_value_heads, max_len, config.head_dim)
                 k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))

@@ -17,7 +17,7 @@ from trtvlm.model.moe import MLP, MoE
 from trtvlm.model.norm import RMSNorm
 from trtvlm.model.rope import rope_table
 from trtvlm.model.vlm import DeepseekVL2
-from trtvlm.plugins.rows.attention import LatentAttention, head_attention
+from trtvlm.plugins.rows.attention import LatentAttention, bucket_end, head_attention
 from trtvlm.plugins.rows.elementwise import by_rows, rms_norm, rotate
 from trtvlm.plugins.rows.experts import MLPWeights, RowwiseExperts, RowwiseMLP
 from trtvlm.plugins.rows.linear import MAX_ROWS, RowwiseLinear
@@ -168,9 +168,9 @@ class _LatentLayer(nn.Module):
         q_latent, q_pe = queries.split(self.query_sizes, dim=1)
         rotated = rotate(torch.cat((q_pe, k_pe), dim=1).view(rows, -1, self.rope), *rope)
         q_pe, k_pe = rotated[:, :-1], rotated[:, -1]
-        cache.latent[0, start : start + rows] = self.latent_norm(latent)
-        cache.k_pe[0, start : start + rows] = k_pe
-        out: Tensor = self.output(self.attend(q_latent, q_pe, cache.latent[0], cache.k_pe[0], start))
+        cache.write(start, self.latent_norm(latent).unsqueeze(0), k_pe.unsqueeze(0))
+        latents, keys = cache.read(bucket_end(start + rows - 1))
+        out: Tensor = self.output(self.attend(q_latent, q_pe, latents[0], keys[0], start))
         return out
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig
 from trtvlm.plugins.quantized_checkpoint import PREQUANT, SCALES, Kind, Spec, layer_prefix, layout
 
@@ -33,14 +34,18 @@ def expected_experts(experts: int, chosen: int, rows: int) -> float:
     return experts * (1 - (1 - chosen / experts) ** rows)
 
 
-def cache_width(config: LanguageConfig) -> int:
-    """Halves a position takes in one layer: the latent and the shared rotated key, or all heads' keys and values."""
-    if config.use_mla:
-        return (config.kv_lora_rank or 0) + config.qk_rope_head_dim
-    return 2 * config.num_key_value_heads * config.head_dim
+def position_bytes(config: LanguageConfig, kv_cache: CacheKind) -> int:
+    """Bytes a position takes in one layer: the latent and the shared rotated key, or all heads' keys and values."""
+    if not config.use_mla:
+        return _HALF * 2 * config.num_key_value_heads * config.head_dim
+    rank = config.kv_lora_rank or 0
+    latent = rank + _HALF if kv_cache == "int8" else _HALF * rank  # codes and a scale
+    return latent + _HALF * config.qk_rope_head_dim
 
 
-def moved_bytes(config: LanguageConfig, kind: Kind, lm_head: Kind, rows: int, context: int) -> dict[str, float]:
+def moved_bytes(
+    config: LanguageConfig, kind: Kind, lm_head: Kind, rows: int, context: int, kv_cache: CacheKind = "fp16"
+) -> dict[str, float]:
     """Expected bytes of one step of `rows` tokens over `context` cached positions: of each tensor of the checkpoint, and CACHE.
 
     Every weight that is needed is read once, whatever the rows: all but the experts that no row chose, and of the embeddings
@@ -57,5 +62,5 @@ def moved_bytes(config: LanguageConfig, kind: Kind, lm_head: Kind, rows: int, co
         size = device_bytes(name, spec)
         found[name] = size * share if name.rpartition(".")[0] in routed else size
     found[EMBEDDING] = _HALF * rows * config.hidden_size
-    found[CACHE] = _HALF * (context + rows) * config.num_hidden_layers * cache_width(config)
+    found[CACHE] = (context + rows) * config.num_hidden_layers * position_bytes(config, kv_cache)
     return found

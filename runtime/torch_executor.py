@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.model.config import ModelConfig
     from trtvlm.model.inputs import ImageView
     from trtvlm.model.vlm import DeepseekVL2
@@ -27,23 +28,23 @@ class TorchExecutor:
     together, which is what makes speculation pay; any other decodes them one by one, whose rows depend on nothing.
     """
 
-    def __init__(self, model: DeepseekVL2, max_length: int) -> None:
+    def __init__(self, model: DeepseekVL2, max_length: int, kv_cache: CacheKind = "fp16") -> None:
         self.config: ModelConfig = model.config
         self.max_length = max_length
         self._model = model
         weight = model.image_newline
         self._dtype, self._device = weight.dtype, weight.device
         self._together = isinstance(model.language, RowwiseLanguage)
-        self._cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device)
+        self.cache = KVCache(model.config.language, 1, max_length, self._dtype, self._device, kv_cache)
 
     @property
     def length(self) -> int:
         """Positions in the cache now."""
-        return self._cache.length
+        return self.cache.length
 
     def rollback(self, length: int) -> None:
         """Forget everything from position `length` on."""
-        self._cache.rollback(length)
+        self.cache.rollback(length)
 
     @torch.inference_mode()
     def encode_image(self, image: ImageView) -> Tensor:
@@ -73,5 +74,5 @@ class TorchExecutor:
         return torch.cat([self._forward(row, last_only=True) for row in torch.split(embeds, 1)])
 
     def _forward(self, embeds: Tensor, last_only: bool) -> Tensor:
-        logits: Tensor = self._model.language(embeds.unsqueeze(0), self._cache, last_only=last_only)
+        logits: Tensor = self._model.language(embeds.unsqueeze(0), self.cache, last_only=last_only)
         return logits[0].to("cpu", torch.float32)

@@ -31,7 +31,11 @@ def tables(record: Record, entry: Record) -> Iterator[tuple[str, Table]]:
     """Title and table of each section of one model."""
     copy = record["copy_gbps"]
     if "steps" in entry:
-        yield f"decode steps at a context of {record['context']:,}, batch 1, greedy", _steps(entry["steps"], copy)
+        cache = ", latents cached in 8 bits" if record.get("kv_cache") == "int8" else ""
+        yield (
+            f"decode steps at a context of {record['context']:,}, batch 1, greedy{cache}",
+            _steps(entry["steps"], copy),
+        )
         first, *more = entry["steps"]
         yield f"a step of {_rows(first['rows'])} by kernel", _kernels(first, copy)
         if more:

@@ -6,6 +6,9 @@ Every model has random weights of the real sizes (the first --layers layers of t
 error of each half layer and of the logits, how often the most likely token agrees, and whether the bits of a row are the
 same computed with 1 to 16 others. Exits with status 1 if a bound is exceeded.
 
+With --kv-cache int8 the reference caches in codes too; where rounding leaves a latent on the other side of a half, its code is
+one apart, so errors are some times those of fp16.
+
 Where two experts' scores are nearly equal, rounding decides which is chosen, and a random model's token is then another one. So
 the reference is given the kernels' choices of experts for `error` and `top1`; how many choices differ from its own, and by how
 little in score at most, is said beside (`flipped`, `flip_margin`), and the error with its own choices is `error_unforced`.
@@ -24,7 +27,10 @@ import torch
 from torch import Tensor
 
 from trtvlm.model.cache import KVCache
+from trtvlm.model.cache_kind import CacheKind, check_cache_kind
 from trtvlm.model.config import LanguageConfig
+from trtvlm.model.errors import UserError
+from trtvlm.model.language import LanguageModel
 from trtvlm.model.moe import MoE, Router
 from trtvlm.model.sizes import language_size
 from trtvlm.plugins.embedding.cuda import embed
@@ -32,8 +38,10 @@ from trtvlm.plugins.random_checkpoint import RandomCheckpoint
 from trtvlm.runtime.cuda.decode import DecodeProgram
 from trtvlm.runtime.cuda.reference import reference_model
 from trtvlm.runtime.cuda.weights import load_weights
+from trtvlm.scripts.cache_option import kv_cache_option
 
 WIDTHS = (1, 2, 3, 5, 8, 4, 7, 16)
+MODELS = ("nano", "nano-draft", "deepseek-vl2-tiny", "deepseek-vl2-small", "deepseek-vl2")
 FLIP = 5e-2
 """Standard deviations of a row's scores within which rounding may choose another expert."""
 
@@ -55,7 +63,7 @@ def run(program: DecodeProgram, tokens: Tensor, widths: tuple[int, ...]) -> Tens
     return torch.cat(rows)
 
 
-def halves(program: DecodeProgram, model: Any, tokens: Tensor) -> dict[str, float]:
+def halves(program: DecodeProgram, model: Any, tokens: Tensor, kv_cache: CacheKind) -> dict[str, float]:
     """Relative error of the residual stream after each half layer, for one step of the first 8 tokens."""
     found: dict[str, float] = {}
     expected: list[Tensor] = []
@@ -63,7 +71,7 @@ def halves(program: DecodeProgram, model: Any, tokens: Tensor) -> dict[str, floa
     for layer in model.model.layers:
         hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, a: expected.append(a[0][0])))
         hooks.append(layer.register_forward_hook(lambda _m, _a, out: expected.append(out[0])))
-    model.hidden_states(model.model.embed_tokens(tokens[:8].long()).unsqueeze(0))
+    model.hidden_states(model.model.embed_tokens(tokens[:8].long()).unsqueeze(0), cache_of(model, 8, kv_cache))
     for hook in hooks:
         hook.remove()
     cursor = torch.zeros(1, dtype=torch.int32, device=tokens.device)
@@ -122,28 +130,41 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def check(name: str, config: LanguageConfig, lm_head: str, count: int, seed: int) -> dict[str, Any]:
+def cache_of(model: LanguageModel, positions: int, kv_cache: CacheKind) -> KVCache | None:
+    """What the reference caches in: it reads its latents as the kernels do. None: it reads what it has computed."""
+    return None if kv_cache == "fp16" else KVCache(model.config, 1, positions, torch.float32, "cuda", kv_cache)
+
+
+def expected_logits(model: LanguageModel, tokens: Tensor, kv_cache: CacheKind) -> Tensor:
+    """The reference's logits float32 [T, V] of tokens int32 [T]."""
+    logits: Tensor = model(model.model.embed_tokens(tokens.long()).unsqueeze(0), cache_of(model, len(tokens), kv_cache))
+    return logits[0]
+
+
+def check(
+    name: str, config: LanguageConfig, lm_head: str, count: int, seed: int, kv_cache: CacheKind = "fp16"
+) -> dict[str, Any]:
     """All of it for one model; the row of the report."""
     started = time.monotonic()
     checkpoint = RandomCheckpoint(config, "int4", lm_head, seed)  # type: ignore[arg-type]
     weights = load_weights(checkpoint)
-    cache = KVCache(config, 1, 1024, torch.half, "cuda")
+    cache = KVCache(config, 1, 1024, torch.half, "cuda", kv_cache)
     program = DecodeProgram(weights, cache, 16)
     model = reference_model(checkpoint)
     generator = torch.Generator("cuda").manual_seed(seed)
     tokens = torch.randint(0, config.vocab_size, (count,), device="cuda", generator=generator).int()
     torch.cuda.synchronize()
-    row: dict[str, Any] = {"model": name, "layers": config.num_hidden_layers, "lm_head": lm_head}
+    row: dict[str, Any] = {"model": name, "layers": config.num_hidden_layers, "lm_head": lm_head, "kv_cache": kv_cache}
     with torch.inference_mode():
-        row["halves"] = {key: float(f"{value:.2e}") for key, value in halves(program, model, tokens).items()}
+        row["halves"] = {key: float(f"{value:.2e}") for key, value in halves(program, model, tokens, kv_cache).items()}
         single = run(program, tokens, (1,))
-        own = model(model.model.embed_tokens(tokens.long()).unsqueeze(0))[0]
+        own = expected_logits(model, tokens, kv_cache)
         flips: list[float] = []
         for index, logits in router_logits(program, tokens).items():
             mlp = model.model.layers[index].mlp
             assert isinstance(mlp, MoE)
             force(mlp.gate, logits, flips)
-        expected = model(model.model.embed_tokens(tokens.long()).unsqueeze(0))[0]
+        expected = expected_logits(model, tokens, kv_cache)
         row["error_unforced"] = error(single, own)
         row["flipped"], row["flip_margin"] = len(flips), max(flips, default=0.0)
         row["error"] = error(single, expected)
@@ -165,15 +186,18 @@ def check(name: str, config: LanguageConfig, lm_head: str, count: int, seed: int
 @click.option("--layers", type=int, default=3, show_default=True, help="Layers of each model; 0: all.")
 @click.option("--tokens", type=int, default=96, show_default=True)
 @click.option("--lm-head", type=click.Choice(["int8", "fp16", "int4"]), default="int8", show_default=True)
+@kv_cache_option
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(models: tuple[str, ...], layers: int, tokens: int, lm_head: str, seed: int) -> None:
+def main(models: tuple[str, ...], layers: int, tokens: int, lm_head: str, kv_cache: CacheKind, seed: int) -> None:
     """Run as a script."""
     good = True
-    for name in models or ("nano", "nano-draft", "deepseek-vl2-tiny", "deepseek-vl2-small", "deepseek-vl2"):
+    asked = models or [name for name in MODELS if kv_cache == "fp16" or language_size(name).use_mla]
+    check_cache_kind(kv_cache, ((name, language_size(name)) for name in asked))
+    for name in asked:
         config = language_size(name)
         if layers:
             config = dataclasses.replace(config, num_hidden_layers=min(layers, config.num_hidden_layers))
-        row = check(name, config, lm_head, tokens, seed)
+        row = check(name, config, lm_head, tokens, seed, kv_cache)
         good = good and row["ok"]
         print(json.dumps(row), flush=True)
         torch.cuda.empty_cache()
@@ -181,4 +205,7 @@ def main(models: tuple[str, ...], layers: int, tokens: int, lm_head: str, seed: 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as reason:
+        sys.exit(f"error: {reason}")

@@ -29,12 +29,14 @@ from trtvlm.runtime.request import Request, question
 from trtvlm.runtime.sampling import Sampler
 from trtvlm.runtime.session import Session
 from trtvlm.runtime.speculate import speculate
+from trtvlm.scripts.cache_option import kv_cache_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from PIL import Image
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.runtime.engine import Engine
     from trtvlm.runtime.executor import Executor
 
@@ -187,6 +189,7 @@ def sample_pages(splits: Iterable[str] = SPLITS) -> Iterator[tuple[str, Image.Im
 @click.option("--draft-tokens", default=Request.draft_tokens, show_default=True)
 @click.option("--max-new-tokens", default=Request.max_new_tokens, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@kv_cache_option
 @click.option("--samples", default=0, show_default=True, help="Sampled answers to compare, too.")
 @click.option("--temperature", default=1.5, show_default=True, help="Of the sampled answers.")
 @click.option("--top-p", default=0.95, show_default=True, help="Of the sampled answers.")
@@ -199,6 +202,7 @@ def main(
     draft_tokens: int,
     max_new_tokens: int,
     device: str,
+    kv_cache: CacheKind,
     samples: int,
     temperature: float,
     top_p: float,
@@ -209,7 +213,10 @@ def main(
 
     if (engine is None) == (model is None):
         raise click.UsageError("Give either --engine DIR or --model NAME.")
-    opened = open_engine(engine, device) if engine is not None else open_model(str(model), draft, device)
+    if engine is not None:
+        opened = open_engine(engine, device, kv_cache=kv_cache)
+    else:
+        opened = open_model(str(model), draft, device, kv_cache=kv_cache)
     if opened.draft is None:
         raise UserError(f"{opened.name} has no draft, so there is nothing to compare; give --draft.")
     session = Session(opened)
@@ -237,11 +244,12 @@ def main(
         what = opened.name if engine is not None else Path(str(model)).name  # folders of this machine say nothing
         which = "--engine" if engine is not None else "--model"
         drafted = f"--draft {Path(draft).name} " if draft is not None else ""
-        options = f"{drafted}--tokens {tokens} --draft-tokens {draft_tokens}" + (
-            f" --samples {samples}" if samples else ""
-        )
+        options = f"{drafted}--tokens {tokens} --draft-tokens {draft_tokens}"
+        options += f" --samples {samples}" if samples else ""
+        options += f" --kv-cache {kv_cache}" if kv_cache != "fp16" else ""
         record = {
             "what": what,
+            "kv_cache": kv_cache,
             "command": f"python -m trtvlm.scripts.check_lossless {which} {what} {options}",
             **{name: round(value, 1) if isinstance(value, float) else value for name, value in asdict(total).items()},
             "accepted_per_step": round(total.accepted_per_step, 3),

@@ -24,6 +24,7 @@ import jiwer
 import numpy as np
 from PIL import Image
 
+from trtvlm.model.cache_kind import CACHE_KINDS, CacheKind
 from trtvlm.model.errors import UserError
 from trtvlm.model.pages.fonts import Split
 from trtvlm.model.pages.page import Page, PageSpec, render_page
@@ -134,13 +135,14 @@ def tesseract_reader() -> Reader | None:
     return read
 
 
-def model_reader(model: str | None, engine: str | None) -> Reader:
+def model_reader(model: str | None, engine: str | None, kv_cache: CacheKind = "fp16") -> Reader:
     """Return a model (float) or an engine directory as a reader, answering the default prompt greedily."""
     from trtvlm.runtime.engine import open_engine, open_model
     from trtvlm.runtime.request import Request, question
     from trtvlm.runtime.session import Session
 
-    session = Session(open_engine(engine) if engine else open_model(model or "nano"))
+    opened = open_engine(engine, kv_cache=kv_cache) if engine else open_model(model or "nano", kv_cache=kv_cache)
+    session = Session(opened)
 
     def read(images: list[Image.Image]) -> list[str]:
         return [session.answer(Request(question([image]), max_new_tokens=MAX_NEW_TOKENS)).text for image in images]
@@ -173,6 +175,7 @@ def main() -> None:
     source.add_argument("--model", help="a model, by name or folder (nano)")
     source.add_argument("--engine", help="an engine directory instead")
     source.add_argument("--no-model", action="store_true", help="tesseract alone")
+    parser.add_argument("--kv-cache", choices=CACHE_KINDS, default="fp16", help="how latents are cached (fp16)")
     parser.add_argument("--pages", type=int, default=200, help="pages of each set, at most (200)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other pages (0)")
     parser.add_argument(
@@ -184,7 +187,7 @@ def main() -> None:
     readers: dict[str, Reader] = {}
     if not arguments.no_model:
         readers[Path(arguments.engine or arguments.model or "nano").name] = model_reader(
-            arguments.model, arguments.engine
+            arguments.model, arguments.engine, arguments.kv_cache
         )
     tesseract = None if arguments.no_tesseract else tesseract_reader()
     if tesseract:

@@ -23,6 +23,7 @@ from tests.tiny import tiny_config, tiny_model
 from trtvlm.builder.planner.bytes import step_bytes
 from trtvlm.model.bench_file import check, merged, read_bench, write_bench
 from trtvlm.model.bench_results import BenchResults
+from trtvlm.model.cache_kind import CACHE_KINDS, CacheKind
 from trtvlm.model.errors import UserError
 from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.int4_linear.packing import unpack
@@ -42,7 +43,9 @@ from trtvlm.runtime.cuda.measure_baselines import (
 from trtvlm.runtime.cuda.measure_decode import Bench, Step, measure_step
 from trtvlm.runtime.cuda.measure_memory import Ledger, check_cap, parse_size
 from trtvlm.runtime.cuda.measure_operators import STACK, kernel_bytes, measure_operators
+from trtvlm.runtime.cuda.measured_model import MeasuredModel
 from trtvlm.runtime.cuda.reference import reference_model
+from trtvlm.runtime.cuda.weights import load_weights
 from trtvlm.scripts.bench_plot import OTHER, plot, stacks
 from trtvlm.scripts.bench_tables import show
 from trtvlm.scripts.cli import cli
@@ -170,6 +173,25 @@ def test_experts_bytes_by_hand() -> None:
     assert found["experts_up"] == pytest.approx(26 * 6 * 2 * one + scales * 2048)
     assert found["experts_down"] == pytest.approx(26 * (6 * one + 2 * one) + scales * 1408 + 26 * 2 * 2816)
     assert found["attend"] == 2 * 1025 * 27 * 576
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_latents_in_8_bits_are_what_attention_reads_less(rows: int) -> None:
+    config = language_size(SMALL)
+    halves, codes = (kernel_bytes(config, "int8", rows, 1024, kind) for kind in CACHE_KINDS)
+    assert halves.pop("attend") - codes.pop("attend") == (1024 + rows) * 27 * 510
+    assert halves == codes
+
+
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+@pytest.mark.parametrize("name", ["nano", "nano-draft"])
+def test_a_measured_cache_is_full_of_something(name: str, kind: CacheKind) -> None:
+    config = dataclasses.replace(language_size(name), num_hidden_layers=1)
+    model = MeasuredModel.over(load_weights(RandomCheckpoint(config, device="cpu"), "cpu"), 1, 128, kind)
+    for tensor in model.cache.layers[0].tensors():
+        assert bool(tensor.isfinite().all())
+        assert tensor.float().flatten(0, 1).std(0).min() > 0
+    assert (model.cache.layers[0].tensors()[0].dtype == torch.int8) == (config.use_mla and kind == "int8")
 
 
 def test_operators_have_times_launches_and_bytes_of_one_launch() -> None:
@@ -305,13 +327,13 @@ def test_a_cold_start_is_measured_twice_with_one_cache_of_kernels(monkeypatch: p
 
     def run(module: str, arguments: list[str], timeout: float, environment: dict[str, str]) -> Any:
         assert module == measure_start.MODULE
-        assert arguments[:2] == ["random", SMALL]
+        assert arguments[:3] == ["random", SMALL, "int8"]
         caches.append(environment["TRTVLM_CACHE"])
         assert Path(caches[-1]).is_dir()
         return [{"imports": 1.0, "first token": 20.0 / len(caches)}], None
 
     monkeypatch.setattr(measure_start, "lines_of", run)
-    found = measure_start.measure_start("random", SMALL)
+    found = measure_start.measure_start("random", SMALL, "int8")
     assert [found[how]["first token"] for how in ("compiled", "from disk")] == [20, 10]
     assert len(set(caches)) == 1
     monkeypatch.setattr(measure_start, "lines_of", lambda *_: ([], "CUDA is gone"))
@@ -424,6 +446,19 @@ def test_models_of_one_machine_share_a_file() -> None:
         merged(RECORD, RECORD | {"torch": "2.12.0"}, Path("x"))
 
 
+def test_a_file_says_how_latents_were_cached(tmp_path: Path) -> None:
+    coded = RECORD | {"kv_cache": "int8"}
+    assert merged(RECORD, RECORD | {"kv_cache": "fp16"}, Path("x"))["kv_cache"] == "fp16"
+    with pytest.raises(UserError, match="x was measured with kv_cache fp16, this run with int8: give another --output"):
+        merged(RECORD, coded, Path("x"))
+    write_bench(tmp_path / "bench.json", coded)
+    assert BenchResults.read(tmp_path / "bench.json").kv_cache == "int8"
+    assert "batch 1, greedy, latents cached in 8 bits" in _shown(coded)
+    assert "8 bits" not in _shown(RECORD)
+    with pytest.raises(ValueError, match="kv_cache is 'int3', none of fp16, int8"):
+        check(RECORD | {"kv_cache": "int3"})
+
+
 # Tables and the chart
 
 
@@ -502,6 +537,7 @@ def test_a_file_is_shown_and_drawn_without_a_gpu(tmp_path: Path) -> None:
             ("--random", SMALL, "--plot", "chart.txt"),
             "chart.txt cannot be drawn: give a name that ends in .svg or .png.",
         ),
+        (("--random", "deepseek-vl2-tiny", "--kv-cache", "int8"), "which deepseek-vl2-tiny has not: leave it out."),
         (("--random", SMALL, "--context", "4096"), "A context of 4096 leaves no room in a cache of 4096 positions"),
         (("--random", SMALL, "--accepted", "5"), "--accepted 5 is more than the 4 tokens drafted a step"),
         (("--random", SMALL, "--memory-cap", "20GiB"), "--memory-cap runs speculative steps: give a --draft."),

@@ -8,6 +8,7 @@ import torch
 
 from trtvlm.builder.build import BuildSettings, build
 from trtvlm.model.cache import KVCache
+from trtvlm.model.cache_kind import CACHE_KINDS, CacheKind
 from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
 from trtvlm.runtime.cuda.decode import DecodeProgram
@@ -16,21 +17,29 @@ from trtvlm.runtime.engine import open_engine
 from trtvlm.runtime.session import Session
 from trtvlm.scripts import check_cuda, check_lossless
 
+CASES = [
+    (model, kind)
+    for model in (*SIZES, "nano", "nano-draft")
+    for kind in CACHE_KINDS
+    if kind == "fp16" or language_size(model).use_mla
+]
+
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("model", [*SIZES, "nano", "nano-draft"])
-def test_decodes_as_the_reference_and_rows_do_not_depend_on_each_other(model: str) -> None:
+@pytest.mark.parametrize(("model", "kv_cache"), CASES)
+def test_decodes_as_the_reference_and_rows_do_not_depend_on_each_other(model: str, kv_cache: CacheKind) -> None:
     config = language_size(model)
     config = dataclasses.replace(config, num_hidden_layers=min(2, config.num_hidden_layers))
-    row = check_cuda.check(model, config, "int8", 48, 0)
+    row = check_cuda.check(model, config, "int8", 48, 0, kv_cache)
     assert row["ok"], row
 
 
 @pytest.mark.gpu
-def test_speculation_changes_no_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", CACHE_KINDS)
+def test_speculation_changes_no_token(tmp_path: Path, kv_cache: CacheKind) -> None:
     engine = tmp_path / "engine"
     build("nano", engine, BuildSettings(compile=False, verify_samples=0), "nano-draft")
-    session = Session(open_engine(engine, "cuda"))
+    session = Session(open_engine(engine, "cuda", kv_cache=kv_cache))
     *_, total = check_lossless.compare(session, check_lossless.sample_pages(), 2000)
     assert not total.mismatches
     assert total.tokens >= 2000

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -18,6 +19,7 @@ from trtvlm.model.errors import UserError
 from trtvlm.runtime.engine import check_device, check_pair, open_engine, open_model
 from trtvlm.runtime.request import Request, question
 from trtvlm.runtime.session import Session
+from trtvlm.runtime.torch_executor import TorchExecutor
 from trtvlm.scripts.commands.generate import command
 
 CONTEXT = 300
@@ -60,6 +62,22 @@ def test_an_engine_answers_alike_with_and_without_speculation(engines: Path, qua
     assert result.token_ids == plain.token_ids
     assert result.drafted > 0
     assert (result.accepted == result.drafted) == (quant == "twins")
+
+
+def test_an_int8_cache_is_the_target_s_and_speculation_still_changes_nothing(engines: Path) -> None:
+    opened = open_engine(engines / "int4_awq", kv_cache="int8")
+    assert isinstance(opened.target, TorchExecutor)
+    assert isinstance(opened.draft, TorchExecutor)
+    kinds = [{tensor.dtype for tensor in part.cache.layers[0].tensors()} for part in (opened.target, opened.draft)]
+    assert kinds == [{torch.int8, torch.half, torch.float32}, {torch.float32}]
+    session = Session(opened)
+    assert session.answer(ask()).token_ids == session.answer(ask(draft_tokens=0)).token_ids
+
+
+@pytest.mark.parametrize("executor", ["tensorrt", "onnxruntime"])
+def test_engines_have_no_int8_cache(engines: Path, executor: str) -> None:
+    with pytest.raises(UserError, match=f"--executor {executor} caches latents in 16 bits"):
+        open_engine(engines / "int4_awq", "cpu", executor, kv_cache="int8")
 
 
 def test_without_quantization_an_engine_answers_as_the_model(engines: Path, pair: tuple[Path, Path]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.tiny import tiny_checkpoint
 from trtvlm.model.errors import UserError
+from trtvlm.scripts.cli import cli
 from trtvlm.scripts.commands.generate import command
 
 KEYS = {
@@ -53,6 +54,20 @@ def test_json(files: Path) -> None:
     assert first["speculation"] is True
     assert set(first["timings"]) == {"load", "image", "prefill", "decode", "first_token", "total"}  # type: ignore[call-overload]
     assert records(run(files, "--json", images=["1.png"]))[0]["token_ids"] == second["token_ids"]
+
+
+def test_latents_in_8_bits(files: Path) -> None:
+    (spoken,) = records(run(files, "--json", "--kv-cache", "int8"))
+    (plain,) = records(run(files, "--json", "--kv-cache", "int8", "--no-speculation"))
+    assert spoken["token_ids"] == plain["token_ids"]
+
+
+def test_a_pair_without_latents_has_no_int8_cache(files: Path) -> None:
+    draft = str(files / "draft")
+    arguments = ["generate", "--model", draft, "--draft", draft, "--prompt", "x", "--kv-cache", "int8"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: --kv-cache int8 is for latent attention, which {draft} has not: leave it out.\n"
 
 
 def test_without_speculation_the_text_is_the_same(files: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import tiny_checkpoint
+from trtvlm.model.cache_kind import CACHE_KINDS, CacheKind
 from trtvlm.runtime.engine import open_model
 from trtvlm.runtime.sampling import Sampler
 from trtvlm.runtime.session import Session
@@ -32,8 +33,10 @@ def pages() -> Iterator[tuple[str, Image.Image]]:
         yield str(number), Image.fromarray(noise.to(torch.uint8).numpy())
 
 
-def test_nothing_differs(model: str) -> None:
-    *_, total = compare(Session(open_model(model, draft=model)), pages(), tokens=60, max_new_tokens=25)
+@pytest.mark.parametrize("kv_cache", CACHE_KINDS)
+def test_nothing_differs(model: str, kv_cache: CacheKind) -> None:
+    opened = open_model(model, draft=model, kv_cache=kv_cache)
+    *_, total = compare(Session(opened), pages(), tokens=60, max_new_tokens=25)
     assert total.mismatches == []
     assert 60 <= total.tokens <= 60 + 25
     assert total.pages == len(range(0, total.tokens, 25))

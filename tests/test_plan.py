@@ -45,6 +45,7 @@ from trtvlm.builder.planner.projection import (
 from trtvlm.builder.stream import nbytes
 from trtvlm.model import bench_results
 from trtvlm.model.bench_results import BenchResults, Operator
+from trtvlm.model.cache_kind import CACHE_KINDS
 from trtvlm.model.config import ModelConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.presets import PRESETS, preset, preset_of, read_config
@@ -200,6 +201,27 @@ def test_bytes_grow_with_rows_and_context_and_never_beyond_all_weights(
 def test_cache_is_latent_or_heads(name: str, width: int, layers: int) -> None:
     assert cache_bytes(preset(name).language, 4096) == 2 * 4096 * width * layers
     assert cache_bytes(preset(name).language, 65) == 2 * 128 * width * layers
+
+
+@pytest.mark.parametrize(("name", "layers"), [(SMALL, 27), (BASE, 30)])
+def test_latents_in_8_bits_take_a_byte_and_a_scale(name: str, layers: int) -> None:
+    config = preset(name)
+    assert cache_bytes(config.language, 4096, "int8") == 4096 * layers * (512 + 2 + 2 * 64)
+    halves, codes = (card_memory(config, "int4", "int8", 4096, 10, 8, kind) for kind in CACHE_KINDS)
+    # What the codes of one layer say is there while a prompt is computed.
+    assert 0 < codes.prefill - halves.prefill <= 2 * 4096 * 512
+    assert halves.held - codes.held > 0.4 * halves.cache
+    found, other = (step_bytes(config.language, "int4", "int8", 5, 1024, kind) for kind in CACHE_KINDS)
+    assert found[CACHE] - other[CACHE] == 1029 * layers * (512 - 2)
+    assert {key: size for key, size in found.items() if key != CACHE} == {
+        key: size for key, size in other.items() if key != CACHE
+    }
+
+
+def test_keys_and_values_are_as_they_were() -> None:
+    language = preset(TINY).language
+    assert cache_bytes(language, 4096, "int8") == cache_bytes(language, 4096)
+    assert step_bytes(language, "int4", "int8", 1, 9, "int8") == step_bytes(language, "int4", "int8", 1, 9)
 
 
 def test_image_activations_are_what_pytorch_allocates() -> None:
@@ -546,6 +568,28 @@ def test_json_holds_everything(measured: str) -> None:
     drafting = [_step(TINY, rows=rows, context=1024) for rows in (2, 1, 1, 1)]
     floor = (bytes_of[5] + sum(drafting)) / 1008e6 / 3.5
     assert found["speculation"]["decoding"]["floor_ms"] == pytest.approx(floor)
+
+
+def test_the_cache_in_8_bits_is_planned(measured: str) -> None:
+    arguments = ("--model", SMALL, "--gpu", "h200", "--measured", measured)
+    plain, found = (json.loads(_plan(*arguments, "--kv-cache", kind, "--json").output) for kind in CACHE_KINDS)
+    caches = [each["models"]["target"]["memory"]["cache"] for each in (plain, found)]
+    assert caches == [2 * 4096 * 576 * 27, 4096 * 642 * 27]
+    assert found["settings"]["kv_cache"] == "int8"
+    saved = plain["widths"][0]["total_bytes"] - found["widths"][0]["total_bytes"]
+    assert saved == pytest.approx(1025 * 27 * 510)
+    # Steps were measured with the other cache: they are moved by the bytes.
+    assert (
+        found["widths"][0]["decoding"]["projected_ms"]["high"] < plain["widths"][0]["decoding"]["projected_ms"]["high"]
+    )
+    assert "KV cache, latents in 8 bits" in _plan(*arguments, "--kv-cache", "int8").output
+    raw = json.loads(Path(measured).read_text(encoding="utf-8"))
+    Path(measured).write_text(json.dumps(raw | {"kv_cache": "int8"}), encoding="utf-8")
+    again = json.loads(_plan(*arguments, "--kv-cache", "int8", "--json").output)
+    assert again["widths"][0]["decoding"]["projected_ms"] == plain["widths"][0]["decoding"]["projected_ms"]
+    refused = _plan("--model", TINY, "--gpu", "h200", "--kv-cache", "int8")
+    assert refused.exit_code == 2
+    assert f"which {TINY} has not" in refused.stderr
 
 
 def test_the_bundled_pair_speculates_with_its_own_draft() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from trtvlm.builder.planner.parts import HEAD, PROJECTOR, VISION, parts, total
-from trtvlm.model.cache import HeadCache, KVCache
+from trtvlm.model.cache import KVCache
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.plugins.gqa_attention import decode as gqa_attention
 from trtvlm.plugins.int8_linear.decode import ROWS_AT_ONCE as HEAD_ROWS_AT_ONCE
@@ -68,7 +71,15 @@ class Memory:
         return self.weights + self.cache + self.repacking
 
 
-def card_memory(config: ModelConfig, kind: Kind, lm_head: Kind, positions: int, views: int, rows: int) -> Memory:
+def card_memory(
+    config: ModelConfig,
+    kind: Kind,
+    lm_head: Kind,
+    positions: int,
+    views: int,
+    rows: int,
+    kv_cache: CacheKind = "fp16",
+) -> Memory:
     """Of one model with a cache of `positions`, images of up to `views` views, decode steps of up to `rows` rows."""
     language, found = config.language, parts(config, kind, lm_head)
     vision = found[VISION].device_bytes + found[PROJECTOR].device_bytes
@@ -76,13 +87,13 @@ def card_memory(config: ModelConfig, kind: Kind, lm_head: Kind, positions: int, 
     return Memory(
         weights=whole - vision,
         vision=vision,
-        cache=cache_bytes(language, positions),
+        cache=cache_bytes(language, positions, kv_cache),
         image=image_bytes(config, views),
         # The graphs of a prompt's last rows and of few views keep what they work in.
         buffers=buffer_bytes(language, positions, rows)
-        + prefill_bytes(language, min(positions, _GRAPHED_ROWS))
+        + prefill_bytes(language, min(positions, _GRAPHED_ROWS), kv_cache)
         + image_bytes(config, min(views, _GRAPHED_VIEWS)),
-        prefill=prefill_bytes(language, positions),
+        prefill=prefill_bytes(language, positions, kv_cache),
         repacking=_repacking(language, kind, found[HEAD].checkpoint_bytes),
     )
 
@@ -96,14 +107,11 @@ def needed(memories: list[Memory]) -> int:
     return SHARED_BYTES + max(most, held + max(memory.passing for memory in memories))
 
 
-def cache_bytes(config: LanguageConfig, positions: int) -> int:
-    """The cache in half, as the executor allocates it: in steps of 64 positions."""
+def cache_bytes(config: LanguageConfig, positions: int, kv_cache: CacheKind = "fp16") -> int:
+    """The cache, in half but for codes, as the executor allocates it: in steps of 64 positions."""
     steps = min(-(-positions // _CACHE_STEP) * _CACHE_STEP, config.max_position_embeddings)
-    sizes = 0
-    for layer in KVCache(config, 1, steps, device="meta").layers:
-        tensors = (layer.k, layer.v) if isinstance(layer, HeadCache) else (layer.latent, layer.k_pe)
-        sizes += sum(tensor.numel() for tensor in tensors)
-    return _HALF * sizes
+    layers = KVCache(config, 1, steps, torch.half, "meta", kv_cache).layers
+    return sum(tensor.nbytes for layer in layers for tensor in layer.tensors())
 
 
 def image_bytes(config: ModelConfig, views: int) -> int:
@@ -129,7 +137,7 @@ def buffer_bytes(config: LanguageConfig, positions: int, rows: int) -> int:
     return attention + 3 * vocabulary + rope_tables
 
 
-def prefill_bytes(config: LanguageConfig, positions: int) -> int:
+def prefill_bytes(config: LanguageConfig, positions: int, kv_cache: CacheKind = "fp16") -> int:
     """The largest set of live tensors while the last chunk of a prompt of `positions` rows is computed, in a layer's half."""
     rows, hidden, heads = min(positions, _PREFILL_CHUNK), config.hidden_size, config.num_attention_heads
     # The residual stream, what the layer before it gave (in float32 and in half), and its norm for two products.
@@ -140,6 +148,8 @@ def prefill_bytes(config: LanguageConfig, positions: int) -> int:
         # Keys and values of all positions, and kv_b_proj in rows.
         expanded = heads * (-(-nope // _TILE) * _TILE + value)
         attention += rows * (rank + config.qk_rope_head_dim) + (positions + rank) * expanded
+        if kv_cache == "int8":
+            attention += positions * rank  # what the codes say
     else:
         attention += rows * 2 * config.num_key_value_heads * config.head_dim
     chosen, width = config.num_experts_per_tok or 0, config.moe_intermediate_size

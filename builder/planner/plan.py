@@ -24,6 +24,7 @@ from trtvlm.builder.planner.projection import (
     speculation,
 )
 from trtvlm.model.bench_results import BenchResults
+from trtvlm.model.cache_kind import CacheKind, check_cache_kind
 from trtvlm.model.config import LanguageConfig, ModelConfig
 from trtvlm.model.errors import UserError
 from trtvlm.model.presets import preset_of
@@ -39,7 +40,8 @@ class Settings:
     """What is planned for.
 
     quant and lm_head as `trtvlm build` takes them; lm_head None is its default. positions: of the cache. views: of an image,
-    the overview among them. context: cached positions when a token is decoded. drafted, accepted: tokens a step.
+    the overview among them. context: cached positions when a token is decoded. drafted, accepted: tokens a step. kv_cache: how
+    latents are held, by the models that have them.
     """
 
     quant: str
@@ -49,6 +51,7 @@ class Settings:
     context: int
     drafted: int
     accepted: float
+    kv_cache: CacheKind = "fp16"
 
     @property
     def kind(self) -> Kind:
@@ -163,6 +166,7 @@ def plan(
 
 
 def _check(both: dict[str, tuple[str, ModelConfig]], settings: Settings) -> None:
+    check_cache_kind(settings.kv_cache, ((name, config.language) for name, config in both.values()))
     for name, config in both.values():
         most = config.language.max_position_embeddings
         if settings.positions > most:
@@ -196,7 +200,7 @@ def _model(name: str, config: ModelConfig, settings: Settings) -> Model:
     kind, head = settings.kind, settings.head()
     found = parts(config, kind, head)
     whole = total(found.values())
-    memory = card_memory(config, kind, head, settings.positions, settings.views, max(WIDTHS))
+    memory = card_memory(config, kind, head, settings.positions, settings.views, max(WIDTHS), settings.kv_cache)
     stages, files = building(config, kind, head), file_bytes(config, kind, head)
     return Model(name, found, whole, memory, stages, files, 4 * whole.parameters)
 
@@ -205,7 +209,7 @@ def _fit(configs: dict[str, ModelConfig], settings: Settings, quant: str, gpu: G
     kind, head = QUANTIZATIONS[quant], settings.head(quant)
     try:
         memories = [
-            card_memory(config, kind, head, settings.positions, settings.views, max(WIDTHS))
+            card_memory(config, kind, head, settings.positions, settings.views, max(WIDTHS), settings.kv_cache)
             for config in configs.values()
         ]
     except UserError:
@@ -215,7 +219,7 @@ def _fit(configs: dict[str, ModelConfig], settings: Settings, quant: str, gpu: G
 
 
 def _bytes(config: LanguageConfig, settings: Settings, rows: int) -> dict[str, float]:
-    return step_bytes(config, settings.kind, settings.head(), rows, settings.context)
+    return step_bytes(config, settings.kind, settings.head(), rows, settings.context, settings.kv_cache)
 
 
 def _decoding(config: LanguageConfig, settings: Settings, gpu: GPU, basis: Basis | None, rows: int) -> Decoding:
@@ -241,9 +245,9 @@ def _basis(
     name = preset_of(config)
     if name not in measured.steps:
         return None, "no model of these sizes was measured"
-    head = _HEADS[measured.lm_head]
+    head, cached = _HEADS[measured.lm_head], (measured.context, measured.kv_cache)
     steps = [
-        Measured(sum(step_bytes(config, "int4", head, step.rows, measured.context).values()), step.ms, step.launches)
+        Measured(sum(step_bytes(config, "int4", head, step.rows, *cached).values()), step.ms, step.launches)
         for step in measured.steps[name]
         if step.rows in WIDTHS
     ]

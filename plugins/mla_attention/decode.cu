@@ -1,9 +1,10 @@
 // Absorbed latent attention for 1 to 16 new rows in three launches: absorb (which also appends to the caches), attend over
 // chunks of positions, combine with the value half. Positions are cut in chunks from 0 on, whatever the rows.
-// Macros: HEADS, NOPE, ROPE, VALUE, RANK; COMBINE_TILES: tiles of 16 values a block of `combine` takes.
+// Macros: HEADS, NOPE, ROPE, VALUE, RANK; COMBINE_TILES: tiles of 16 values a block of `combine` takes; INT8_LATENT: latent.cuh.
 #include "attention.cuh"
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
+#include "mla_attention/latent.cuh"
 #include "turns.cuh"
 
 constexpr int HEAD = NOPE + ROPE;    // a head's part of q
@@ -21,8 +22,8 @@ constexpr int ABSORB_BLOCKS = (HEADS * RANK_TILES + ABSORB_WARPS - 1) / ABSORB_W
 constexpr int HEAD_PAIRS = (HEADS + 1) * (ROPE / 2), PAIRS_EACH = 2;  // of values to rotate; a thread's
 constexpr int APPEND_BLOCKS = 1 + (HEAD_PAIRS + 32 * ABSORB_WARPS * PAIRS_EACH - 1) / (32 * ABSORB_WARPS * PAIRS_EACH);  // a row
 
-// A row's latent to the cache; without `norm` it is normalised already.
-DEVICE void append_latent(const u16* latent, const u16* norm, u16* latent_cache) {
+// A row's latent to `position` of the cache; without `norm` it is normalised already.
+DEVICE void append_latent(const u16* latent, const u16* norm, size_t position, Latent* latent_cache, u16* scales) {
     constexpr int THREADS = 32 * ABSORB_WARPS;
     __shared__ float sums[ABSORB_WARPS];
     constexpr int EACH = (RANK / 2 + THREADS - 1) / THREADS;  // pairs of latent values a thread
@@ -45,13 +46,11 @@ DEVICE void append_latent(const u16* latent, const u16* norm, u16* latent_cache)
     // The official layer does not pass rms_norm_eps here: always 1e-6.
     const float rms = rsqrtf(sum * (1.f / RANK) + 1e-6f);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const int pair = i * THREADS + threadIdx.x;
+    for (int i = 0; i < EACH; ++i)
         if (norm)
             value[i] = floats_to_halves(low_half(value[i]) * rms * low_half(factor[i]),
                                         high_half(value[i]) * rms * high_half(factor[i]));
-        if (pair < RANK / 2) reinterpret_cast<u32*>(latent_cache)[pair] = value[i];
-    }
+    store_latent<RANK, THREADS>(value, position, latent_cache, scales);
 }
 
 // Part `part` of a row's rotations: of the queries to `queries`, of the key to the cache.
@@ -107,8 +106,8 @@ DEVICE void absorb_tile(const u16* q, const uint4* keys, u16* queries, int rows,
 // [HEADS, RANK / 16, NOPE_GROUPS], tables float [positions, ROPE / 2], queries half [rows, HEADS, KEY].
 extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
     absorb(const u16* q, const u16* latent, int latent_stride, const u16* k_pe, int k_pe_stride, const uint4* keys,
-           const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, u16* latent_cache,
-           u16* rope_cache, int all_rows, TurnCounters* turns, int index, int before) {
+           const u16* norm, const float* cosines, const float* sines, const int* cursor, u16* queries, Latent* latent_cache,
+           u16* latent_scales, u16* rope_cache, int all_rows, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     if (blockIdx.x < ABSORB_BLOCKS) {
@@ -119,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(32 * ABSORB_WARPS)
         await_turn(turn);
         if (row >= rows) {
         } else if (part == 0)
-            append_latent(latent + size_t(row0 + row) * latent_stride, norm, latent_cache + size_t(position) * RANK);
+            append_latent(latent + size_t(row0 + row) * latent_stride, norm, position, latent_cache, latent_scales);
         else
             rotate_part(q + size_t(row0 + row) * HEADS * HEAD, k_pe + size_t(row0 + row) * k_pe_stride,
                         cosines + position * (ROPE / 2), sines + position * (ROPE / 2),
@@ -140,18 +139,48 @@ static_assert(ATTEND_WARPS == SCORE_PARTS * SCORE_TILES, "four warps share the i
 static_assert(ATTEND_WARPS == 16 && ROPE <= 256, "a warp a head; a lane a piece");
 static_assert(KEY_STRIDE / 8 % 2 == 1, "padding");
 
-// A chunk's keys to shared memory, a warp a position at a time, in pieces of 16 bytes: those cached before this step, or the others.
-DEVICE void load_keys(u16* keys, const u16* latent_cache, const u16* rope_cache, int first, int cached, bool before) {
+// A chunk's keys to shared memory, a warp a position at a time, in pieces of 8 values: those cached before this step, or the others.
+// Codes pass through registers, and all are asked for before the first is waited for.
+DEVICE void load_keys(u16* keys, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, int first, int cached,
+                      bool before) {
+    constexpr int POSITIONS = CHUNK / ATTEND_WARPS, PIECES = (RANK / 8 + 31) / 32;
+#if INT8_LATENT
+    uint2 codes[POSITIONS][PIECES];
+    u32 scale[POSITIONS];
+#endif
 #pragma unroll
-    for (int i = 0; i < CHUNK / ATTEND_WARPS; ++i) {
+    for (int i = 0; i < POSITIONS; ++i) {
         const int at = warp_id() + i * ATTEND_WARPS;
         if ((first + at < cached) != before) continue;
         const size_t position = first + at;
         u16* to = keys + at * KEY_STRIDE;
+#if INT8_LATENT
+        scale[i] = load_scale(latent_scales + position);
+#endif
 #pragma unroll
-        for (int piece = lane_id(); piece < RANK / 8; piece += 32) copy_async(to + piece * 8, latent_cache + position * RANK + piece * 8);
+        for (int j = 0; j < PIECES; ++j) {
+            const int piece = lane_id() + 32 * j;
+            if (piece >= RANK / 8) continue;
+#if INT8_LATENT
+            codes[i][j] = load_codes(latent_cache + position * RANK + piece * 8);
+#else
+            copy_async(to + piece * 8, latent_cache + position * RANK + piece * 8);
+#endif
+        }
         if (lane_id() < ROPE / 8) copy_async(to + RANK + lane_id() * 8, rope_cache + position * ROPE + lane_id() * 8);
     }
+#if INT8_LATENT
+#pragma unroll
+    for (int i = 0; i < POSITIONS; ++i) {
+        const int at = warp_id() + i * ATTEND_WARPS;
+        if ((first + at < cached) != before) continue;
+#pragma unroll
+        for (int j = 0; j < PIECES; ++j) {
+            const int piece = lane_id() + 32 * j;
+            if (piece < RANK / 8) *reinterpret_cast<uint4*>(keys + at * KEY_STRIDE + piece * 8) = decoded(codes[i][j], scale[i]);
+        }
+    }
+#endif
 }
 
 // A chunk's scores under the queries of 16 heads, and its share of their outputs. outputs [HEADS, RANK] and shares [HEADS] of this
@@ -219,8 +248,9 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
 // Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs half [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is
 // how many the workspace has room for. Scores are in units of log2(e).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend(const u16* queries, const u16* latent_cache, const u16* rope_cache, const int* cursor, float scale, u16* outputs,
-           Share* shares, int chunks, int room, const u64* ahead, int ahead_count, TurnCounters* turns, int index, int before) {
+    attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
+           float scale, u16* outputs, Share* shares, int chunks, int room, const u64* ahead, int ahead_count, TurnCounters* turns,
+           int index, int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
     if (blockIdx.x >= room) {
@@ -235,16 +265,16 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
 
     const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
     const int cached = *cursor, seen = cached + row + 1 - first;  // positions this row sees, from the chunk's first on
-    load_keys(keys, latent_cache, rope_cache, first, cached, true);
+    load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, true);
     await_turn(turn);
     if (seen > 0) {
-        // What lies further on in the caches is finite, and gets no weight.
-        load_keys(keys, latent_cache, rope_cache, first, cached, false);
         const int head = head0 + warp_id();
         const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
 #pragma unroll
         for (int piece = lane_id(); piece < KEY / 8; piece += 32)
             copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
+        // What lies further on in the caches is finite, and gets no weight.
+        load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, false);
     }
     copy_commit();
     copy_wait<0>();

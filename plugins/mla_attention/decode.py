@@ -90,9 +90,11 @@ def mla_decode(
     span: int,
     coming: Ahead = NOTHING,
     turns: Turns | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     """Append rows at cursor int32 [1] to latent_cache half [S, rank] and rope_cache half [S, rope], and attend.
 
+    With scales half [S], latent_cache is int8 codes (`trtvlm.model.latent_codes`).
     q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32
     tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within.
     coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`); turns: of the step, if its launches overlap.
@@ -103,7 +105,8 @@ def mla_decode(
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
     combine_tiles = tiles_of_values(w.value, rows)
     macros = defines(
-        HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank, COMBINE_TILES=combine_tiles
+        HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank, COMBINE_TILES=combine_tiles,
+        INT8_LATENT=int(scales is not None),
     )  # fmt: skip
     tiles = -(-rows // COLUMNS)
     append_blocks = 1 + -(-(w.heads + 1) * (w.rope // 2) // _PAIRS)
@@ -125,6 +128,7 @@ def mla_decode(
         cursor,
         queries,
         latent_cache,
+        scales,
         rope_cache,
         rows,
     )
@@ -136,7 +140,7 @@ def mla_decode(
     heads16 = -(-w.heads // 16)
     launch_in_turn(
         turns, kernel(SOURCE, "attend", macros), (room + extra, heads16, rows), 32 * _ATTEND_WARPS,
-        queries, latent_cache, rope_cache, cursor, scale, outputs, shares, chunks, room, coming.pieces, coming.count,
+        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, room, coming.pieces, coming.count,
         shared=shared, finishing=room * heads16 * rows,
     )  # fmt: skip
     launch_in_turn(

@@ -1,16 +1,17 @@
-// New rows of latent attention, rotated (arXiv 2104.09864) and put into the caches: a block a row. Macros: HEADS, NOPE, ROPE, RANK.
-#include "common.cuh"
+// New rows of latent attention, rotated (arXiv 2104.09864) and put into the caches: a block a row. Macros: HEADS, NOPE, ROPE, RANK;
+// INT8_LATENT: latent.cuh.
+#include "mla_attention/latent.cuh"
 
 constexpr int THREADS = 128;
 constexpr int HEAD = NOPE + ROPE, PAIRS = ROPE / 2;
 static_assert(RANK % 2 == 0 && ROPE % 2 == 0, "pairs");
 
 // q half [rows][HEADS][HEAD], whose rotary parts are rotated in place (neighbouring pairs, to half-split order); kv half
-// [rows][RANK + ROPE]: its latent, normalised by `norm`, to latent_cache [S][RANK], its key part, rotated, to rope_cache
-// [S][ROPE]. cosines and sines float [positions][PAIRS].
+// [rows][RANK + ROPE]: its latent, normalised by `norm`, to latent_cache [S][RANK] (codes have latent_scales [S] too), its key
+// part, rotated, to rope_cache [S][ROPE]. cosines and sines float [positions][PAIRS].
 extern "C" __global__ void __launch_bounds__(THREADS)
     append_latent(u16* q, const u16* kv, const u16* norm, const float* cosines, const float* sines, const int* cursor,
-                  u16* latent_cache, u16* rope_cache) {
+                  Latent* latent_cache, u16* latent_scales, u16* rope_cache) {
     __shared__ float sums[THREADS / 32];
     const size_t row = blockIdx.x, position = *cursor + row;
     q += row * HEADS * HEAD;
@@ -43,10 +44,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const int pair = i * THREADS + threadIdx.x;
         if (pair < RANK / 2) {
             const u32 factor = reinterpret_cast<const u32*>(norm)[pair];
-            reinterpret_cast<u32*>(latent_cache + position * RANK)[pair] =
-                floats_to_halves(low_half(value[i]) * rms * low_half(factor), high_half(value[i]) * rms * high_half(factor));
+            value[i] = floats_to_halves(low_half(value[i]) * rms * low_half(factor), high_half(value[i]) * rms * high_half(factor));
         }
     }
+    store_latent<RANK, THREADS>(value, position, latent_cache, latent_scales);
 #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
         const int index = i * THREADS + threadIdx.x, head = index / PAIRS, pair = index % PAIRS;

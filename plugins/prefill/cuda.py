@@ -92,22 +92,37 @@ def route_shared(hidden: int) -> int:
 
 
 def append_latent(
-    q: Tensor, kv: Tensor, norm: Tensor, rope: Rope, cursor: Tensor, latent_cache: Tensor, rope_cache: Tensor
+    q: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    rope: Rope,
+    cursor: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     """Rotate q's rotary parts in place, and append normalised latents and rotated key parts at cursor int32 [1].
 
     q half [M, heads, nope + rope], kv half [M, rank + rope], norm half [rank], rope float32 tables [positions, rope / 2],
-    latent_cache half [S, rank], rope_cache half [S, rope]. ValueError: tensors that do not fit.
+    latent_cache half [S, rank], or int8 codes with scales half [S]; rope_cache half [S, rope]. ValueError: tensors that do not
+    fit.
     """
     (rows, heads, width), rank, turned = q.shape, latent_cache.shape[1], rope_cache.shape[1]
     if turned % 2 or rank % 2 or turned > width:
         raise ValueError(f"latents of {rank} with a rotary part of {turned} in heads of {width} are not appended")
     check(q, torch.half, (rows, heads, width), "the queries")
     check(kv, torch.half, (rows, rank + turned), "latents and key parts")
+    check(latent_cache, torch.half if scales is None else torch.int8, tuple(latent_cache.shape), "the latents' cache")
+    check(scales, torch.half, (len(latent_cache),), "the latents' scales")
     if rows:
-        macros = defines(HEADS=heads, NOPE=width - turned, ROPE=turned, RANK=rank)
+        macros = append_macros(heads, width - turned, turned, rank, coded=scales is not None)
         launch = kernel(f"{FOLDER}/append_latent.cu", "append_latent", macros)
-        launch((rows,), APPEND_THREADS, q, kv, norm, *rope, cursor, latent_cache, rope_cache)
+        launch((rows,), APPEND_THREADS, q, kv, norm, *rope, cursor, latent_cache, scales, rope_cache)
+
+
+def append_macros(heads: int, nope: int, rope: int, rank: int, *, coded: bool) -> Defines:
+    """What append_latent.cu is compiled with."""
+    return defines(HEADS=heads, NOPE=nope, ROPE=rope, RANK=rank, INT8_LATENT=int(coded))
 
 
 def append_heads(qkv: Tensor, heads: int, rope: Rope, cursor: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtvlm.model.latent_codes import quantize_latent
 from trtvlm.model.rope import rotate_adjacent, rotate_half_split
 from trtvlm.plugins.int4_moe.reference import Routing
 
@@ -36,15 +37,26 @@ def route(
 
 
 def append_latent(
-    q: Tensor, kv: Tensor, norm: Tensor, rope: Rope, cursor: Tensor, latent_cache: Tensor, rope_cache: Tensor
+    q: Tensor,
+    kv: Tensor,
+    norm: Tensor,
+    rope: Rope,
+    cursor: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
-    """Rotate q half [M, heads, nope + rope] in place; append normalised latents and rotated key parts."""
+    """Rotate q half [M, heads, nope + rope] in place; append normalised latents (as codes with scales) and rotated key parts."""
     start, rows = int(cursor), q.shape[0]
     rank, turned = latent_cache.shape[1], rope_cache.shape[1]
     cos, sin = (table[start : start + rows] for table in rope)
     part = q[..., -turned:]
     part.copy_(rotate_adjacent(part.float(), cos.unsqueeze(1), sin.unsqueeze(1)))
-    latent_cache[start : start + rows] = _normalised(kv[:, :rank].float(), norm, 1e-6)
+    latent = _normalised(kv[:, :rank].float(), norm, 1e-6).half()
+    if scales is None:
+        latent_cache[start : start + rows] = latent
+    else:
+        latent_cache[start : start + rows], scales[start : start + rows] = quantize_latent(latent)
     rope_cache[start : start + rows] = rotate_adjacent(kv[:, rank:].float(), cos, sin)
 
 

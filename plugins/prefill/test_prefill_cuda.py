@@ -1,16 +1,22 @@
 """The launches between a prompt's products: they compile everywhere, and give what their references give."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from trtvlm.model.cache import KVCache, LatentCache
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig
+from trtvlm.model.latent_codes import quantize_latent
 from trtvlm.model.rope import rope_table
 from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.cuda.compiler import ARCHITECTURES, PLUGINS, SHARED_LIMIT, compile_source
 from trtvlm.plugins.cuda.emulation.emulator import ORDERS, Schedule, compiler, emulated
 from trtvlm.plugins.cuda.launch import defines
 from trtvlm.plugins.int4_moe.reference import Routing
+from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_decode
 from trtvlm.plugins.prefill import cuda, reference
 
 MODELS = (*SIZES, "nano", "nano-draft")
@@ -46,7 +52,9 @@ def test_compiles(model: str, arch: str) -> None:
     compiled("route.cu", dict(macros), arch, cuda.ROUTE_THREADS, cuda.route_shared(hidden))
     if config.use_mla:
         nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        append = defines(HEADS=heads, NOPE=nope, ROPE=rope, RANK=config.kv_lora_rank or 0)
+        append = cuda.append_macros(heads, nope, rope, config.kv_lora_rank or 0, coded=False)
+        coded = cuda.append_macros(heads, nope, rope, config.kv_lora_rank or 0, coded=True)
+        compiled("append_latent.cu", dict(coded), arch, cuda.APPEND_THREADS, 0)
         attend = cuda.attend_macros(heads, heads, nope, rope, value)
     else:
         width, kv_heads = config.head_dim, config.num_key_value_heads
@@ -152,6 +160,45 @@ def test_appends(model: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("model", [model for model in MODELS if language_size(model).use_mla])
+def test_codes_are_those_of_the_halves_and_the_same_by_a_decode_step(model: str) -> None:
+    config = language_size(model)
+    heads, rank, turned, rows, start, positions = (
+        config.num_attention_heads, config.kv_lora_rank or 0, config.qk_rope_head_dim, 9, 21, 64
+    )  # fmt: skip
+    nope, value = config.qk_nope_head_dim, config.v_head_dim
+    q, kv, norm = half(rows, heads, config.head_dim), half(rows, rank + turned), near_one(rank)
+    kv[3, :rank] = 0
+    cursor = torch.tensor([start], dtype=torch.int32, device=DEVICE)
+    rope = rope_table(turned, positions, config.rope_theta, DEVICE)
+
+    def cache(kind: CacheKind) -> LatentCache:
+        (layer,) = KVCache(
+            dataclasses.replace(config, num_hidden_layers=1), 1, positions, torch.half, DEVICE, kind
+        ).layers
+        assert isinstance(layer, LatentCache)
+        return layer
+
+    halves, codes, decoded = cache("fp16"), cache("int8"), cache("int8")
+    for held in (halves, codes):
+        cuda.append_latent(q.clone(), kv, norm, rope, cursor, *(tensor[0] for tensor in held.tensors()))
+    weights = MLAWeights.pack(half(heads * (nope + value), rank), norm, heads, nope, turned)
+    workspace = MLAWorkspace.allocate(rows, positions, heads, rank, turned, DEVICE)
+    latents, rotated, scales = (tensor[0] for tensor in decoded.tensors())
+    out = q.new_empty(rows, heads * value)
+    mla_decode(
+        q.flatten(1), kv, weights, rope, latents, rotated, cursor, out, workspace, rows, positions, scales=scales
+    )
+    new = slice(start, start + rows)
+    expected, expected_scales = quantize_latent(halves.latent[0, new])
+    assert torch.equal(codes.latent[0, new], expected)
+    assert torch.equal(codes.tensors()[2][0, new], expected_scales)
+    assert int(codes.latent.count_nonzero()) == int(expected.count_nonzero())
+    for mine, theirs in zip(codes.tensors(), decoded.tensors(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("model", MODELS)
 def test_attention(model: str) -> None:
     config = language_size(model)
@@ -187,3 +234,5 @@ def test_emulated(model: str, order: str, monkeypatch: pytest.MonkeyPatch) -> No
     with emulated(Schedule(order)):
         for test in (test_norms_and_routing, test_appends, test_attention):
             test(model)
+        if language_size(model).use_mla:
+            test_codes_are_those_of_the_halves_and_the_same_by_a_decode_step(model)

@@ -13,6 +13,11 @@ BUCKET = 64
 """Spans are rounded up to a multiple of this: a row's shape depends on its own position only, and rows can share it."""
 
 
+def bucket_end(position: int) -> int:
+    """The span that a row at this position has, unless the cache ends before."""
+    return position // BUCKET * BUCKET + BUCKET
+
+
 class LatentAttention:
     """Multi-head latent attention whose queries are already absorbed: the latent is key and value of every head.
 
@@ -28,7 +33,7 @@ class LatentAttention:
         """Attend from M rows at positions start, start + 1, ... whose own latents are in the cache already.
 
         q_latent [M, heads * rank], q_pe [M, heads, rope] rotated; latent [max_len, rank] and k_pe [max_len, rope], of
-        which a bucket past the last row must be finite -> mixed latents [M, heads * rank].
+        which the last row's bucket is read and must be finite -> mixed latents [M, heads * rank].
         """
         outs = []
         for first, last, span in self._runs(start, q_latent.shape[0], latent.shape[0]):
@@ -41,9 +46,9 @@ class LatentAttention:
         """Rows first..last that attend together, and the span they see."""
         first = 0
         while first < rows:
-            bucket_end = (start + first) // BUCKET * BUCKET + BUCKET
-            span = min(bucket_end, longest)
-            last = min(rows, bucket_end - start)
+            end = bucket_end(start + first)
+            span = min(end, longest)
+            last = min(rows, end - start)
             if last - first > 1 and not self._invariant(span):
                 last = first + 1
             yield first, last, span

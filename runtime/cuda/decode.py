@@ -164,6 +164,7 @@ class DecodeProgram:
             mla_decode(
                 self._q, self._kv, layer.mla, rope, cache.latent[0], cache.k_pe[0], cursor, self._attended,
                 self._attention, rows, span, layer.coming, turns,
+                None if cache.scales is None else cache.scales[0],
             )  # fmt: skip
             return
         assert isinstance(self._attention, GQAWorkspace)

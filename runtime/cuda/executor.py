@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.model.config import ModelConfig
     from trtvlm.model.inputs import ImageView
     from trtvlm.plugins.speculative_accept.state import Start
@@ -37,7 +38,7 @@ class CudaExecutor:
     UserError: a checkpoint that the kernels do not run. Logits come back as float32 on the CPU.
     """
 
-    def __init__(self, folder: Path, device: str, max_length: int) -> None:
+    def __init__(self, folder: Path, device: str, max_length: int, kv_cache: CacheKind = "fp16") -> None:
         engine = EngineDir(folder)
         self.config: ModelConfig = engine.model_config()
         language = self.config.language
@@ -45,7 +46,7 @@ class CudaExecutor:
         torch.cuda.set_device(self.device.index or 0)
         positions = min(-(-max_length // 64) * 64, language.max_position_embeddings)
         self.max_length = min(max_length, positions - SPARE)
-        self.cache = KVCache(language, 1, positions, torch.half, self.device)
+        self.cache = KVCache(language, 1, positions, torch.half, self.device, kv_cache)
         self.weights = load_weights(QuantizedReader(engine), self.device)
         self.program = DecodeProgram(self.weights, self.cache, MAX_DECODE_WIDTH)
         self._prefill = Prefill(self.weights, self.cache)

@@ -25,6 +25,7 @@ from trtvlm.runtime.executor import MAX_DECODE_WIDTH
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.model.config import ModelConfig
     from trtvlm.runtime.cuda.measure_model import Subject
 
@@ -36,7 +37,13 @@ SPARE = 64
 
 @torch.inference_mode()
 def measure_capped(
-    target: Subject, draft: Subject, cap: int, drafted: int, lm_head: str, say: Callable[[str], None]
+    target: Subject,
+    draft: Subject,
+    cap: int,
+    drafted: int,
+    lm_head: str,
+    say: Callable[[str], None],
+    kv_cache: CacheKind = "fp16",
 ) -> tuple[dict[str, Any], str, float]:
     """The memory section, the sentence that says it fits, and the bandwidth of a copy, measured afterwards.
 
@@ -54,7 +61,7 @@ def measure_capped(
         with ledger.part(f"weights{whose}"):
             weights = load_weights(subject.checkpoint(lm_head))
         with ledger.part(f"cache and step buffers{whose}"):
-            models.append(MeasuredModel.over(weights, MAX_DECODE_WIDTH))
+            models.append(MeasuredModel.over(weights, MAX_DECODE_WIDTH, kv_cache=kv_cache))
         with ledger.part(f"vision{whose}"):
             part = vision_part(subject)
             visions.append((part, VisionProgram(part.vision, part.projector, "cuda")))

@@ -25,6 +25,7 @@ from trtvlm.runtime.cuda.weights import load_weights
 from trtvlm.runtime.engine import check_pair
 
 if TYPE_CHECKING:
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.model.config import ModelConfig
     from trtvlm.plugins.quantized_checkpoint import Kind, QuantizedWeights
     from trtvlm.runtime.cuda.weights import LanguageWeights
@@ -64,7 +65,7 @@ class Subject:
 class Wanted:
     """What to measure (decode, speculation, prefill, vision), and how.
 
-    accepted: drafted tokens kept a step, that tokens a second are given for.
+    accepted: drafted tokens kept a step, that tokens a second are given for. kv_cache: how latents are cached.
     """
 
     parts: Sequence[str]
@@ -73,6 +74,7 @@ class Wanted:
     drafted: int
     accepted: float
     lm_head: str
+    kv_cache: CacheKind = "fp16"
 
 
 def measure_model(
@@ -100,7 +102,7 @@ def measure_model(
         entry["memory"] = ledger.to_dict()
     gc.collect()  # what steps held, their graphs among it
     ledger.device.release()
-    entry |= _before_decoding(weights, target.config(), wanted.parts, say)
+    entry |= _before_decoding(weights, target.config(), wanted, say)
     return entry, copy
 
 
@@ -111,7 +113,7 @@ def _steps(
     entry: Record = {}
     rows_at_most, config = max(*wanted.widths, wanted.drafted + 1), weights.config
     with ledger.part("cache and step buffers"):
-        model = MeasuredModel.over(weights, rows_at_most)
+        model = MeasuredModel.over(weights, rows_at_most, kv_cache=wanted.kv_cache)
     kept = []
     if "decode" in wanted.parts:
         entry["steps"] = []
@@ -121,7 +123,7 @@ def _steps(
             with ledger.part("graphs and kernels"):
                 spread, replay = measure_step(step, step.state, config.vocab_size, rows, wanted.bench)
             kept.append(replay)  # or its graph would be gone, and its memory with it
-            bytes_of = kernel_bytes(config, lm_head, rows, wanted.bench.context)
+            bytes_of = kernel_bytes(config, lm_head, rows, wanted.bench.context, wanted.kv_cache)
             states = wanted.bench.states(config.vocab_size, rows, step.state.device)
             entry["steps"].append({
                 "rows": rows, "ms": spread.to_dict(), "bytes": round(sum(bytes_of.values())),
@@ -134,7 +136,7 @@ def _steps(
         with ledger.part("weights of the draft"):
             others = load_weights(draft.checkpoint(wanted.lm_head))
         with ledger.part("cache and step buffers of the draft"):
-            other = MeasuredModel.over(others, rows_at_most)
+            other = MeasuredModel.over(others, rows_at_most, kv_cache=wanted.kv_cache)
         say(f"speculative steps of {wanted.drafted} drafted tokens")
         with ledger.part("graphs and kernels"):
             speculation = Speculation(model.program, other.program)
@@ -144,18 +146,18 @@ def _steps(
     return entry
 
 
-def _before_decoding(weights: LanguageWeights, config: ModelConfig, parts: Sequence[str], say: Say) -> Record:
+def _before_decoding(weights: LanguageWeights, config: ModelConfig, wanted: Wanted, say: Say) -> Record:
     """Prompts, and images through a tower of random weights."""
     entry: Record = {}
+    parts = wanted.parts
     if {"prefill", "vision"} & set(parts):
         from trtvlm.runtime.cuda.measure_prefill import measure_prefill, measure_vision
 
         if "prefill" in parts:
             say("prompts")
             most = config.language.max_position_embeddings
-            entry["prefill"] = measure_prefill(
-                config.language, [length for length in LENGTHS if length <= most], weights
-            )
+            lengths = [length for length in LENGTHS if length <= most]
+            entry["prefill"] = measure_prefill(config.language, lengths, weights, kv_cache=wanted.kv_cache)
         if "vision" in parts:
             say("images")
             entry["vision"] = measure_vision(config.vision, config.projector, list(TILES))

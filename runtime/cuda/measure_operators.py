@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig
 from trtvlm.plugins.quantized_checkpoint import Kind
 from trtvlm.plugins.step_bytes import CACHE, EMBEDDING, moved_bytes
@@ -20,12 +21,14 @@ STACK = "stack"
 _LAYERS = ("linear", "absorb", "attend", "combine", "route", "experts_up", "experts_down")
 
 
-def kernel_bytes(config: LanguageConfig, lm_head: Kind, rows: int, context: int) -> dict[str, float]:
+def kernel_bytes(
+    config: LanguageConfig, lm_head: Kind, rows: int, context: int, kv_cache: CacheKind = "fp16"
+) -> dict[str, float]:
     """Bytes of one INT4 step by the kernel that moves them, all its launches together; they add up to the step's."""
     found: dict[str, float] = {}
     # kv_b's key half goes into the query, its value half comes after the attention.
     key, value = config.qk_nope_head_dim, config.v_head_dim
-    for name, size in moved_bytes(config, "int4", lm_head, rows, context).items():
+    for name, size in moved_bytes(config, "int4", lm_head, rows, context, kv_cache).items():
         if "kv_b_proj" in name:
             shares = {"absorb": key / (key + value), "combine": value / (key + value)}
         else:

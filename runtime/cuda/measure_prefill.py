@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.model.cache import KVCache
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig, ProjectorConfig, VisionConfig
 from trtvlm.model.vision import Projector, VisionTower
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
@@ -29,6 +30,7 @@ def measure_prefill(
     chunk: int = CHUNK,
     repeats: int = REPEATS,
     clock: Clock | None = None,
+    kv_cache: CacheKind = "fp16",
 ) -> list[dict[str, Any]]:
     """Prompts of `lengths` tokens into an empty cache, up to the logits of the last one; random weights unless there are some.
 
@@ -38,7 +40,7 @@ def measure_prefill(
     weights = weights or load_weights(RandomCheckpoint(config))
     device = weights.embedding.device
     most = min(max(lengths), config.max_position_embeddings)
-    cache = KVCache(config, 1, -(-most // 64) * 64, torch.half, device)
+    cache = KVCache(config, 1, -(-most // 64) * 64, torch.half, device, kv_cache)
     prefill, program = Prefill(weights, cache, chunk), DecodeProgram(weights, cache, 1)
     found = []
     for length in lengths:

@@ -1,6 +1,6 @@
 """From the start of a process to its first token: run as a process of its own, whose last line is what it measured.
 
-    python -m trtvlm.runtime.cuda.measure_start random deepseek-vl2-small 1763700000.0
+    python -m trtvlm.runtime.cuda.measure_start random deepseek-vl2-small fp16 1763700000.0
 
 Weights of a named size are made on the GPU, so their stage is no loading; an engine directory is opened as it is.
 """
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.errors import UserError
 from trtvlm.runtime.cuda.child import lines_of
 
@@ -20,17 +21,18 @@ TIMEOUT = 300
 PROMPT = 16
 
 
-def measure_start(kind: str, name: str) -> dict[str, dict[str, float]]:
+def measure_start(kind: str, name: str, kv_cache: CacheKind = "fp16") -> dict[str, dict[str, float]]:
     """Seconds after the process began at which each stage was done, with kernels compiled, then with them on disk.
 
-    kind: "random" with a size, or "engine" with a directory. UserError with the process's last words if it failed.
+    kind: "random" with a size, or "engine" with a directory. kv_cache: how latents are cached. UserError with the process's last
+    words if it failed.
     """
     with tempfile.TemporaryDirectory(prefix="trtvlm-kernels-") as cache:
-        return {how: _run(kind, name, {"TRTVLM_CACHE": cache}) for how in ("compiled", "from disk")}
+        return {how: _run(kind, name, kv_cache, {"TRTVLM_CACHE": cache}) for how in ("compiled", "from disk")}
 
 
-def _run(kind: str, name: str, environment: dict[str, str]) -> dict[str, float]:
-    found, reason = lines_of(MODULE, [kind, name, repr(time.time())], TIMEOUT, environment)
+def _run(kind: str, name: str, kv_cache: CacheKind, environment: dict[str, str]) -> dict[str, float]:
+    found, reason = lines_of(MODULE, [kind, name, kv_cache, repr(time.time())], TIMEOUT, environment)
     if reason is not None or not found:
         raise UserError(f"The process that measures the cold start failed: {reason or 'it printed nothing'}.")
     stages: dict[str, float] = found[-1]
@@ -45,7 +47,7 @@ class _Stages:
         self.seconds[name] = round(time.time() - self.began, 3)
 
 
-def _random(name: str, stages: _Stages) -> None:
+def _random(name: str, kv_cache: CacheKind, stages: _Stages) -> None:
     import torch
 
     from trtvlm.model.sizes import language_size
@@ -57,7 +59,7 @@ def _random(name: str, stages: _Stages) -> None:
     stages.done("imports")
     torch.zeros(1, device="cuda")
     stages.done("CUDA")
-    model = MeasuredModel.over(load_weights(RandomCheckpoint(config)), rows=1)
+    model = MeasuredModel.over(load_weights(RandomCheckpoint(config)), rows=1, kv_cache=kv_cache)
     torch.cuda.synchronize()
     stages.done("weights")
     tokens, cursor = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
@@ -66,7 +68,7 @@ def _random(name: str, stages: _Stages) -> None:
     stages.done("first token")
 
 
-def _engine(name: str, stages: _Stages) -> None:
+def _engine(name: str, kv_cache: CacheKind, stages: _Stages) -> None:
     import torch
 
     from trtvlm.runtime.engine import open_engine
@@ -74,7 +76,7 @@ def _engine(name: str, stages: _Stages) -> None:
     stages.done("imports")
     torch.zeros(1, device="cuda")
     stages.done("CUDA")
-    engine = open_engine(name, "cuda")
+    engine = open_engine(name, "cuda", kv_cache=kv_cache)
     torch.cuda.synchronize()
     stages.done("weights")
     target = engine.target
@@ -83,12 +85,12 @@ def _engine(name: str, stages: _Stages) -> None:
     stages.done("first token")
 
 
-def main(kind: str, name: str, began: str) -> None:
+def main(kind: str, name: str, kv_cache: CacheKind, began: str) -> None:
     """Measure, and print the stages as JSON."""
     stages = _Stages(float(began))
-    {"random": _random, "engine": _engine}[kind](name, stages)
+    {"random": _random, "engine": _engine}[kind](name, kv_cache, stages)
     print(json.dumps(stages.seconds))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:])  # type: ignore[arg-type]

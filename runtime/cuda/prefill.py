@@ -153,7 +153,7 @@ class Prefill:
         scaled, x = add_norm(residual, *norm, (scale, None))
         q = matmul(scaled, layer.qkv).unflatten(1, (heads, -1))
         kv = F.linear(x, half_rows(layer.fused_a))
-        append_latent(q, kv, layer.mla.norm, rope, self._cursor, cache.latent[0], cache.k_pe[0])
+        append_latent(q, kv, layer.mla.norm, rope, self._cursor, *(part[0] for part in cache.tensors()))
         keys, values = expand(layer.mla, cache, end)
         return attend(q, keys, cache.k_pe[0, :end], values, self._cursor, layer.dense.pre_quant_scale)
 
@@ -168,9 +168,10 @@ def head_of(program: DecodeProgram, last: Tensor) -> None:
 def expand(weights: MLAWeights, cache: LatentCache, end: int) -> tuple[Tensor, Tensor]:
     """Keys half [end, heads, nope] without their rotary part, and values half [end, heads, v], of the first positions.
 
-    kv_b_proj is held in tiles only: a layer of it at a time is put back into rows, which costs less than the products.
+    kv_b_proj is held in tiles only: a layer of it at a time is put back into rows, which costs less than the products. Latents
+    held as codes become halves for the layer.
     """
-    latent = cache.latent[0, :end]
+    latent = cache.read(end)[0][0]
     keys = torch.bmm(latent.expand(weights.heads, -1, -1), half_rows(weights.keys))
     values = F.linear(latent, half_rows(weights.values).flatten(0, 1))
     return keys.transpose(0, 1)[..., : weights.nope], values.unflatten(1, (weights.heads, -1))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trtvlm.runtime.speculate import DEFAULT_DRAFT_TOKENS
+from trtvlm.scripts.cache_option import kv_cache_option
 
 if TYPE_CHECKING:
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.runtime.cuda.measure_model import Subject, Wanted
 
 PARTS = ("decode", "speculation", "prefill", "vision")
@@ -57,6 +59,7 @@ Record = dict[str, Any]
     "--lm-head", type=click.Choice(["int8", "fp16", "int4"]), default="int8", show_default=True,
     help="How random weights store the LM head.",
 )  # fmt: skip
+@kv_cache_option
 @click.option("--cold-start", is_flag=True, help="Measure the way from a process's start to its first token too.")
 @click.option(
     "--baselines", is_flag=True, help="Measure the same sizes in transformers too (pip install transformers)."
@@ -86,6 +89,7 @@ def command(
     context: int,
     replays: int,
     lm_head: str,
+    kv_cache: CacheKind,
     cold_start: bool,
     baselines: bool,
     memory_cap: str | None,
@@ -115,8 +119,9 @@ def command(
     from trtvlm.runtime.cuda.device import check_gpu
     from trtvlm.runtime.cuda.measure_memory import parse_size
 
-    pairs = _pairs(sizes, engine, draft)
-    wanted = _wanted(only or PARTS, widths, context, replays, draft_tokens, _kept(accepted, draft_tokens), lm_head)
+    pairs = _pairs(sizes, engine, draft, kv_cache)
+    kept = _kept(accepted, draft_tokens)
+    wanted = _wanted(only or PARTS, widths, context, replays, draft_tokens, kept, lm_head, kv_cache)
     cap = None if memory_cap is None else parse_size(memory_cap)
     if cap is not None:
         _check_capped(pairs)
@@ -141,9 +146,12 @@ def _check_plot(path: Path) -> None:
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
 
-def _pairs(sizes: tuple[str, ...], engine: Path | None, draft: str | None) -> list[tuple[Subject, Subject | None]]:
+def _pairs(
+    sizes: tuple[str, ...], engine: Path | None, draft: str | None, kv_cache: CacheKind
+) -> list[tuple[Subject, Subject | None]]:
     """What to measure, each with its draft; a model that is not there, or pairs that do not fit, end here."""
     from trtvlm.model.artifacts import EngineDir
+    from trtvlm.model.cache_kind import check_cache_kind
     from trtvlm.runtime.cuda.measure_model import Subject
     from trtvlm.runtime.engine import check_pair
 
@@ -159,6 +167,8 @@ def _pairs(sizes: tuple[str, ...], engine: Path | None, draft: str | None) -> li
         config = target.config()
         if drafter is not None:
             check_pair(config, drafter.config())
+        both = [subject for subject in (target, drafter) if subject is not None]
+        check_cache_kind(kv_cache, ((subject.name, subject.config().language) for subject in both))
         pairs.append((target, drafter))
     return pairs
 
@@ -187,14 +197,21 @@ def _check_capped(pairs: list[tuple[Subject, Subject | None]]) -> None:
 
 
 def _wanted(
-    parts: tuple[str, ...], widths: tuple[int, ...], context: int, replays: int, drafted: int, kept: float, lm_head: str
+    parts: tuple[str, ...],
+    widths: tuple[int, ...],
+    context: int,
+    replays: int,
+    drafted: int,
+    kept: float,
+    lm_head: str,
+    kv_cache: CacheKind,
 ) -> Wanted:
     from trtvlm.runtime.cuda.measure_decode import WIDTHS, Bench
     from trtvlm.runtime.cuda.measure_model import Wanted, check_widths
 
     wanted = sorted(set(widths or WIDTHS))
     check_widths(wanted, drafted, context)
-    return Wanted(parts, wanted, Bench(context, replays), drafted, kept, lm_head)
+    return Wanted(parts, wanted, Bench(context, replays), drafted, kept, lm_head, kv_cache)
 
 
 def _check_output(path: Path | None, wanted: Wanted) -> None:
@@ -203,7 +220,7 @@ def _check_output(path: Path | None, wanted: Wanted) -> None:
     from trtvlm.runtime.cuda.device import describe
 
     if path is not None and path.exists():
-        check_same(read_bench(path), describe() | {"context": wanted.bench.context, "lm_head": wanted.lm_head}, path)
+        check_same(read_bench(path), describe() | _settings(wanted), path)
 
 
 def _measured(
@@ -220,12 +237,12 @@ def _measured(
         entry, copy = measure_model(target, draft, wanted, before, _say)
         if cold_start:
             _say("the start of a process, twice")
-            entry["cold_start"] = measure_start(target.kind, target.source)
+            entry["cold_start"] = measure_start(target.kind, target.source, wanted.kv_cache)
         if baselines:
             _say("transformers, in processes of their own")
             sizes = target.source if target.kind == "random" else target.name
             entry["baselines"] = measure_baselines(sizes, wanted.bench.context)
-        found = _record({target.name: entry}, wanted.bench.context, wanted.lm_head, copy)
+        found = _record({target.name: entry}, wanted, copy)
         models |= found["models"]
         found["models"] = models
         # After every model: what was measured stays if a later one fails.
@@ -237,14 +254,18 @@ def _capped(target: Subject, draft: Subject | None, cap: int, wanted: Wanted, ou
     from trtvlm.runtime.cuda.measure_capped import measure_capped
 
     assert draft is not None
-    entry, sentence, copy = measure_capped(target, draft, cap, wanted.drafted, wanted.lm_head, _say)
-    record = _record({target.name: {"capped_memory": entry}}, wanted.bench.context, wanted.lm_head, copy)
+    entry, sentence, copy = measure_capped(target, draft, cap, wanted.drafted, wanted.lm_head, _say, wanted.kv_cache)
+    record = _record({target.name: {"capped_memory": entry}}, wanted, copy)
     _write(record, output)
     click.echo(sentence)
     return record
 
 
-def _record(models: Record, context: int, lm_head: str, copy: float) -> Record:
+def _settings(wanted: Wanted) -> Record:
+    return {"context": wanted.bench.context, "lm_head": wanted.lm_head, "kv_cache": wanted.kv_cache}
+
+
+def _record(models: Record, wanted: Wanted, copy: float) -> Record:
     from datetime import date
 
     from trtvlm.model.bench_file import SCHEMA, VERSION
@@ -252,7 +273,7 @@ def _record(models: Record, context: int, lm_head: str, copy: float) -> Record:
 
     run = {"date": date.today().isoformat(), "command": " ".join(["trtvlm", *sys.argv[1:]])}
     return {
-        "schema": SCHEMA, "version": VERSION, **describe(), **run, "context": context, "lm_head": lm_head,
+        "schema": SCHEMA, "version": VERSION, **describe(), **run, **_settings(wanted),
         "copy_gbps": round(copy, 1), "models": {name: entry | run for name, entry in models.items()},
     }  # fmt: skip
 

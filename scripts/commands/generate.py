@@ -12,10 +12,12 @@ import click
 from trtvlm.runtime.executor import EXECUTORS
 from trtvlm.runtime.request import Request, question
 from trtvlm.runtime.speculate import MAX_DRAFT_TOKENS
+from trtvlm.scripts.cache_option import kv_cache_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.runtime.engine import Engine
     from trtvlm.runtime.result import Result
     from trtvlm.runtime.session import Session
@@ -83,6 +85,7 @@ class SeveralValues(click.Command):
 @click.option("--stop", metavar="TEXT...", multiple=True, help="End the text before the first of these.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object an image, and nothing else, to stdout.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, ...")
+@kv_cache_option
 @click.option(
     "--executor",
     type=click.Choice(EXECUTORS),
@@ -106,6 +109,7 @@ def command(
     stop: tuple[str, ...],
     as_json: bool,
     device: str,
+    kv_cache: CacheKind,
     executor: str,
 ) -> None:
     """Read images and print what they say, as it is decoded.
@@ -150,7 +154,7 @@ def command(
     ]
     from trtvlm.runtime.session import Session
 
-    session = Session(_open(engine, model, draft, device, executor))
+    session = Session(_open(engine, model, draft, device, executor, kv_cache))
     if len(requests) > 1:  # a single one is checked by reading it
         for request in requests:
             session.prepare(request)
@@ -168,13 +172,17 @@ def command(
         _print_table(groups, results)
 
 
-def _open(engine: str | None, model: str | None, draft: str | None, device: str, executor: str) -> Engine:
+def _open(
+    engine: str | None, model: str | None, draft: str | None, device: str, executor: str, kv_cache: CacheKind
+) -> Engine:
     from trtvlm.runtime.engine import open_engine, open_model
 
     if engine is not None:
-        return open_engine(engine, device, executor, lambda sentence: click.echo(f"Warning: {sentence}", err=True))
+        return open_engine(
+            engine, device, executor, lambda sentence: click.echo(f"Warning: {sentence}", err=True), kv_cache
+        )
     assert model is not None
-    return open_model(model, draft, device)
+    return open_model(model, draft, device, kv_cache=kv_cache)
 
 
 def _read(session: Session, request: Request, show: bool) -> Result:

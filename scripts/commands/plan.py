@@ -10,6 +10,7 @@ import click
 
 from trtvlm.builder.planner.gpus import GPUS, find_gpu
 from trtvlm.runtime.speculate import DEFAULT_DRAFT_TOKENS, MAX_DRAFT_TOKENS
+from trtvlm.scripts.cache_option import kv_cache_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from trtvlm.builder.planner.plan import Plan
     from trtvlm.builder.planner.projection import Range
     from trtvlm.model.bench_results import BenchResults
+    from trtvlm.model.cache_kind import CacheKind
 
 MAX_LENGTH = 4096
 CONTEXT = 1024
@@ -45,6 +47,7 @@ CONTEXT = 1024
     type=click.Choice(["fp16", "int8", "int4"]),
     help="How the LM head is stored. By default int8, and fp16 with --quant none.",
 )
+@kv_cache_option
 @click.option(
     "--max-length",
     metavar="N",
@@ -92,6 +95,7 @@ def command(
     draft: str | None,
     quant: str,
     lm_head: str | None,
+    kv_cache: CacheKind,
     max_length: int | None,
     tiles: int,
     context: int | None,
@@ -127,7 +131,7 @@ def command(
     guessed = accepted is None and model != "nano"
     if accepted is None:
         accepted = min(draft_tokens, bundled_acceptance() or 0.0)
-    settings = Settings(quant, lm_head, positions, tiles, context, draft_tokens, accepted)
+    settings = Settings(quant, lm_head, positions, tiles, context, draft_tokens, accepted, kv_cache)
     results = _results(measured)
     found = plan(target, drafter, card, settings, results)
     if as_json:
@@ -193,7 +197,9 @@ def _memory(found: Plan) -> tuple[str, Table]:
     rows = {
         "language weights": [memory.weights for memory in memories],
         "vision and projector": [memory.vision for memory in memories],
-        "KV cache": [memory.cache for memory in memories],
+        f"KV cache{', latents in 8 bits' if settings.kv_cache == 'int8' else ''}": [
+            memory.cache for memory in memories
+        ],
         "image activations, or": [memory.image for memory in memories],
         "a prompt's activations": [memory.prefill for memory in memories],
         "step buffers": [memory.buffers for memory in memories],

@@ -13,11 +13,13 @@ from trtvlm.runtime.executor import EXECUTORS
 from trtvlm.runtime.request import Request
 from trtvlm.runtime.server.limits import Limits
 from trtvlm.runtime.speculate import MAX_DRAFT_TOKENS
+from trtvlm.scripts.cache_option import kv_cache_option
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Iterator
 
+    from trtvlm.model.cache_kind import CacheKind
     from trtvlm.runtime.result import Result
     from trtvlm.runtime.server.queue import Generate
     from trtvlm.runtime.session import Session
@@ -97,6 +99,7 @@ SECONDS = click.FloatRange(min=0, min_open=True)
     help="Tokens that the draft proposes a step; 0 decodes with the target alone.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, ...")
+@kv_cache_option
 @click.option(
     "--executor",
     type=click.Choice(EXECUTORS),
@@ -120,6 +123,7 @@ def command(
     drain_timeout: float,
     draft_tokens: int,
     device: str,
+    kv_cache: CacheKind,
     executor: str,
 ) -> None:
     """Answer OpenAI-style requests over HTTP, one after the other.
@@ -152,7 +156,7 @@ def command(
         raise UserError(f"{error.name} is not installed: pip install 'trtvlm[serve]'.") from None
 
     def opener() -> Generate:
-        generate, milliseconds = _load(engine, model, draft, device, executor, max_pixels, draft_tokens)
+        generate, milliseconds = _load(engine, model, draft, device, kv_cache, executor, max_pixels, draft_tokens)
         click.echo(f"ready after {milliseconds / 1e3:.1f} s")
         return generate
 
@@ -177,6 +181,7 @@ def _load(
     model: str | None,
     draft: str | None,
     device: str,
+    kv_cache: CacheKind,
     executor: str,
     max_pixels: int,
     draft_tokens: int,
@@ -186,9 +191,11 @@ def _load(
     from trtvlm.runtime.session import Session
 
     if engine is not None:
-        opened = open_engine(engine, device, executor, lambda sentence: click.echo(f"Warning: {sentence}", err=True))
+        opened = open_engine(
+            engine, device, executor, lambda sentence: click.echo(f"Warning: {sentence}", err=True), kv_cache
+        )
     else:
-        opened = open_model(str(model), draft, device)
+        opened = open_model(str(model), draft, device, kv_cache=kv_cache)
     opened.processor.max_pixels = max_pixels
     return answering(Session(opened), draft_tokens), opened.load_ms
 

@@ -16,6 +16,10 @@ using half = unsigned short;
 
 [[maybe_unused]] static void cvt_f32_f16(float& out, half value) { out = to_float(value); }
 [[maybe_unused]] static void cvt_rn_f16_f32(half& out, float value) { out = to_half(value); }
+[[maybe_unused]] static void cvt_rp_f16_f32(half& out, float value) {  // up
+    out = to_half(value);
+    if (to_float(out) < value) out = out & 0x8000 ? half(out - 1) : half(out + 1);
+}
 [[maybe_unused]] static void cvt_rn_bf16_f32(half& out, float value) {
     const unsigned bits = __float_as_uint(value);
     out = value != value ? half(0x7fff) : half((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -61,6 +65,11 @@ template <class... T> static void ld_global_nc_L1_no_allocate_v4_u32(T&&... all)
 template <class... T> static void ld_global_nc_v4_u32(T&&... all) { load_words(all...); }
 template <class... T> static void ld_global_v4_u32(T&&... all) { load_words(all...); }
 template <class... T> static void ld_global_cg_v4_u32(T&&... all) { load_words(all...); }
+[[maybe_unused]] static void ld_global_cg_v2_u32(unsigned& x, unsigned& y, const void* address) {
+    const uint2 value = aligned<uint2>(address);
+    x = value.x, y = value.y;
+}
+[[maybe_unused]] static void ld_global_cg_u16(half& out, const void* address) { out = aligned<half>(address); }
 [[maybe_unused]] static void ld_global_nc_u32(unsigned& out, const void* address) { out = aligned<unsigned>(address); }
 [[maybe_unused]] static void ld_global_nc_L1_no_allocate_u32(unsigned& out, const void* address) {
     out = aligned<unsigned>(address);

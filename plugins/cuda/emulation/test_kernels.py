@@ -237,15 +237,18 @@ def test_experts_of_many_rows() -> None:
 
 
 @pytest.mark.usefixtures("in_any_order")
-@pytest.mark.parametrize(("cursor", "rows"), [(0, 1), (25, 9), (112, 16)])
-def test_mla_attention(cursor: int, rows: int) -> None:
-    mla.test_same_as_the_reference_and_as_a_row_alone(rows, cursor, mla.SIZES["nano"])
+@pytest.mark.parametrize(
+    ("cursor", "rows", "coded"), [(0, 1, False), (25, 9, False), (112, 16, False), (0, 1, True), (25, 9, True)]
+)
+def test_mla_attention(cursor: int, rows: int, coded: bool) -> None:
+    mla.test_same_as_the_reference_and_as_a_row_alone(rows, cursor, mla.SIZES["nano"], coded)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_random_order")
-def test_mla_attention_of_a_real_model() -> None:
-    mla.test_same_as_the_reference_and_as_a_row_alone(2, 40, mla.SIZES["small"])
+@pytest.mark.parametrize("coded", [False, True])
+def test_mla_attention_of_a_real_model(coded: bool) -> None:
+    mla.test_same_as_the_reference_and_as_a_row_alone(2, 40, mla.SIZES["small"], coded)
 
 
 @pytest.mark.usefixtures("in_any_order")
