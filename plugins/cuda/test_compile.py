@@ -79,11 +79,5 @@ def test_experts(model: str, arch: str) -> None:
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
     hidden = config.hidden_size
-    shared = max(
-        8 * moe.route_bytes(hidden, ROWS),
-        4 * moe.up_bytes(hidden, ROWS),
-        8 * moe.down_bytes(1),
-        8 * moe.down_bytes(ROWS),
-    )
-    threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 256}
-    check(moe.SOURCE, dict(macros), arch, threads, shared)
+    shared = max(8 * moe.route_bytes(hidden, ROWS), 4 * moe.up_bytes(hidden), 8 * linear.ring_bytes(2, 8))
+    check(moe.SOURCE, dict(macros), arch, {"route": 256, "experts_up": 128, "experts_down": 256}, shared)

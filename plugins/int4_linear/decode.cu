@@ -62,19 +62,19 @@ struct Int4Tiles {
     }
     // `input(step)`: the activations of a step of this warp, asked for a step ahead.
     template <class Input>
-    DEVICE void multiply(float (&sum)[TILES][4], Input input, bool real) const {
+    DEVICE void multiply(float (&sum)[TILES][4], Input input) const {
         Activation next = input(0);
 #pragma unroll 1
-        for (int step = 0, slot = 0; step < (real ? Part::STEPS : 1); ++step, slot = slot + 1 < DEPTH ? slot + 1 : 0) {
+        for (int step = 0, slot = 0; step < Part::STEPS; ++step, slot = slot + 1 < DEPTH ? slot + 1 : 0) {
             const Activation now = next;
             if (step + 1 < Part::STEPS) next = input(step + 1);
-            if (real) Ring::await_oldest();
+            Ring::await_oldest();
             if (Part::has(step)) {
 #pragma unroll
                 for (int r = 0; r < TILES; ++r) ring.multiply(sum[r], slot, r, now);
             }
             __syncwarp();
-            if (real) ask(step + DEPTH, slot);
+            ask(step + DEPTH, slot);
         }
     }
 };
@@ -100,14 +100,14 @@ struct HalfTiles {
         for (int step = 0; step < DEPTH; ++step) ask(step);
     }
     template <class Input>
-    DEVICE void multiply(float (&sum)[TILES][4], Input input, bool real) {
+    DEVICE void multiply(float (&sum)[TILES][4], Input input) {
 #pragma unroll
         for (int step = 0; step < Part::STEPS; ++step) {
             if (!Part::has(step)) continue;
             const Activation now = input(step);
 #pragma unroll
             for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
-            if (step + DEPTH < Part::STEPS && real) ask(step + DEPTH);
+            if (step + DEPTH < Part::STEPS) ask(step + DEPTH);
         }
     }
 };
@@ -146,13 +146,12 @@ DEVICE Activation load_direct(const u16* x, const u16* scale, int group, bool pr
     return out;
 }
 
-// `own`: `bytes` of shared memory a warp, for its weights, its activations and its sums.
+// `own`: `bytes` of shared memory a warp, for weights, then activations; and for its sums at the end.
 template <class Tiles, int COUNT, bool SCALE>
 DEVICE void work(Tiles& tiles, const Arguments& a, char* own, int bytes, int first, int count, int all_rows, const Turn& turn) {
     constexpr int TILES = Tiles::TILES;
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
-    float* sums = reinterpret_cast<float*>(own + Tiles::BYTES);
-    u16* x = reinterpret_cast<u16*>(sums + TILES * COLUMNS * PARTIAL_COLUMN);
+    u16* x = reinterpret_cast<u16*>(own + Tiles::BYTES);
     const bool present = (lane_id() >> 2) < rows;
     tiles.ask();
     // What the residual was, for the end: this thread's outputs.
@@ -170,54 +169,56 @@ DEVICE void work(Tiles& tiles, const Arguments& a, char* own, int bytes, int fir
     }
     if (NORMALISED) fetch_halves(a.norm, INPUTS);
     if (SCALE) fetch_halves(a.pre_quant_scale, INPUTS);
-#pragma unroll 1
-    for (int pass = first_pass(turn); pass < 2; ++pass) {
-        const bool real = pass == 1;
-        if (real) await_turn(turn);
-        const u16* halves = static_cast<const u16*>(a.x) + size_t(row0) * INPUTS;
-        const u16* scale = SCALE ? a.pre_quant_scale : nullptr;
-        if (NORMALISED) {
-            const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
-            normalise_rows<INPUTS, WARPS, SCALE>(x, residual, a.square_sums + row0 * (INPUTS / 16), a.norm, scale, rows, a.eps);
-        } else if (STAGED) {
-            stage_rows(x, halves, scale, rows);
-        }
-        __syncwarp();
-        float sum[TILES][4] = {};
-        auto input = [&](int step) {
-            return STAGED ? load_activation(x, Part::STRIDE, step, present)
-                          : load_direct(halves, scale, Part::has(step) ? Part::group(step) : 0, present);
-        };
-        tiles.multiply(sum, input, real);
+    await_turn(turn);
+    if (NORMALISED) {
+        const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
+        normalise_rows<INPUTS, WARPS, SCALE>(x, residual, a.square_sums + row0 * (INPUTS / 16), a.norm, a.pre_quant_scale, rows,
+                                             a.eps);
+    } else if (STAGED) {
+        stage_rows(x, static_cast<const u16*>(a.x) + size_t(row0) * INPUTS, SCALE ? a.pre_quant_scale : nullptr, rows);
+    }
+    __syncwarp();
+    float sum[TILES][4] = {};
+    if (STAGED) {
+        tiles.multiply(sum, [&](int step) { return load_activation(x, Part::STRIDE, step, present); });
+    } else {
+        const u16* from = static_cast<const u16*>(a.x) + size_t(row0) * INPUTS;
+        tiles.multiply(sum, [&](int step) {
+            return load_direct(from, SCALE ? a.pre_quant_scale : nullptr, Part::has(step) ? Part::group(step) : 0, present);
+        });
+    }
+
+    __syncwarp();  // the warp's activations were read; its sums take their place
 #pragma unroll
-        for (int r = 0; r < TILES; ++r) store_partial(sums + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
-        __syncthreads();
-        const float* partial = sums - warp_id() * (bytes / 4);
+    for (int r = 0; r < TILES; ++r)
+        store_partial(reinterpret_cast<float*>(own) + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
+    __syncthreads();
+
+    const float* partial = reinterpret_cast<const float*>(own - warp_id() * bytes);
 #pragma unroll
-        for (int n = 0; n < OUTPUTS; ++n) {
-            const int index = threadIdx.x + n * THREADS, at = index >> 4;
-            const int column = at / COUNT, r = at % COUNT, item = first + r, output = item * TILE_ROWS + (index & 15);
-            const bool mine = column < rows && item < count;
-            const int row = row0 + column, place = (r * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
-            float y = mine ? sum_partials<WARPS>(partial + place, bytes / 4) : 0.f;
-            if (EPILOGUE == RESIDUAL) {
-                y += before[n];
-                float square = y * y;
-                // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
+    for (int n = 0; n < OUTPUTS; ++n) {
+        const int index = threadIdx.x + n * THREADS, at = index >> 4;
+        const int column = at / COUNT, r = at % COUNT, item = first + r, output = item * TILE_ROWS + (index & 15);
+        const bool mine = column < rows && item < count;
+        const int row = row0 + column, place = (r * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        float y = mine ? sum_partials<WARPS>(partial + place, bytes / 4) : 0.f;
+        if (EPILOGUE == RESIDUAL) {
+            y += before[n];
+            float square = y * y;
+            // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
 #pragma unroll
-                for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(0xffffffffu, square, offset);
-                if (mine && real) {
-                    a.residual[size_t(row) * count * TILE_ROWS + output] = y;
-                    if ((index & 15) == 0) a.square_sums_out[row * count + item] = square;
-                }
-            } else if (mine) {
-                if (EPILOGUE == GATED_OUT) {
-                    const float gate = sum_partials<WARPS>(partial + place + COUNT * COLUMNS * PARTIAL_COLUMN, bytes / 4);
-                    y *= silu(gate);
-                    if (a.next_scale) y *= half_to_float(a.next_scale[output]);
-                }
-                if (real) a.out[size_t(row) * a.stride + output] = float_to_half(y);
+            for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(0xffffffffu, square, offset);
+            if (mine) {
+                a.residual[size_t(row) * count * TILE_ROWS + output] = y;
+                if ((index & 15) == 0) a.square_sums_out[row * count + item] = square;
             }
+        } else if (mine) {
+            if (EPILOGUE == GATED_OUT) {
+                const float gate = sum_partials<WARPS>(partial + place + COUNT * COLUMNS * PARTIAL_COLUMN, bytes / 4);
+                y *= silu(gate);
+                if (a.next_scale) y *= half_to_float(a.next_scale[output]);
+            }
+            a.out[size_t(row) * a.stride + output] = float_to_half(y);
         }
     }
 }

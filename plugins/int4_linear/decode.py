@@ -127,11 +127,10 @@ def ring_bytes(tiles: int, slots: int) -> int:
 
 
 def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, int4: bool, normalised: bool) -> int:
-    """Shared memory of a block: of each warp its weights, its activations and its partial sums."""
+    """Shared memory of a block: of each warp its weights and its activations, and in their place its partial sums."""
     steps = -(-(inputs // 64) // warps)
     staged = rows * (steps * 64 + 8) * 2 if normalised or warps <= 8 else 0
-    ring = ring_bytes(tiles, min(steps, 4 if tiles > 2 else 8)) if int4 else 0
-    return warps * (ring + tiles * PARTIAL_BYTES + staged)
+    return warps * max(tiles * PARTIAL_BYTES, (ring_bytes(tiles, min(steps, 4 if tiles > 2 else 8)) if int4 else 0) + staged)
 
 
 def _launch(
@@ -157,7 +156,9 @@ def _launch(
     parameters = dict(values)
     tiles = int(parameters["INT4_BLOCK"]) * (2 if epilogue == _GATED else 1)
     int4 = weight.int4_tiles > 0
-    shared = shared_bytes(weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, int4=int4, normalised=norm is not None)
+    shared = shared_bytes(
+        weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, int4=int4, normalised=norm is not None
+    )
     launch_in_turn(
         turns,
         kernel(SOURCE, "linear", values),

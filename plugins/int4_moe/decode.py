@@ -137,11 +137,10 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: T
     check_rows(rows)
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
-    each = up_bytes(weights.router.shape[1], rows)
     launch_in_turn(
         turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, entries, -(-rows // COLUMNS)),
         32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, rows, each, shared=_UP_WARPS * each,
+        weights.proj.pre_quant_scale, workspace.hidden, rows, shared=_UP_WARPS * up_bytes(weights.router.shape[1]),
     )  # fmt: skip
 
 
@@ -157,26 +156,19 @@ def experts_down(
     check_rows(rows)
     shared = weights.shared_proj
     launch_in_turn(
-        turns, kernel(SOURCE, "experts_down_row" if rows == 1 else "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
+        turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
         32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
-        square_sums, rows, shared=_DOWN_WARPS * down_bytes(rows),
+        square_sums, rows, shared=_DOWN_WARPS * ring_bytes(2, 8),
     )  # fmt: skip
 
 
 def route_bytes(hidden: int, rows: int) -> int:
-    """Shared memory of a warp of `route`: the shared expert's weights, its sums and its activations."""
+    """Shared memory of a warp of `route`: the shared expert's weights and its activations."""
     steps = -(-(hidden // 64) // _ROUTE_WARPS)
-    return ring_bytes(2, min(steps, 8)) + 2 * PARTIAL_BYTES + min(rows, COLUMNS) * (steps * 64 + 8) * 2
+    return max(ring_bytes(2, min(steps, 8)) + min(rows, COLUMNS) * (steps * 64 + 8) * 2, 2 * PARTIAL_BYTES)
 
 
-def up_bytes(hidden: int, rows: int) -> int:
-    """Shared memory of a warp of `experts_up`: weights, sums, activations."""
-    steps = -(-(hidden // 64) // _UP_WARPS)
-    return ring_bytes(2, min(steps, 4)) + 2 * PARTIAL_BYTES + min(rows, COLUMNS) * (steps * 64 + 8) * 2
-
-
-def down_bytes(rows: int) -> int:
-    """Shared memory of a warp of `experts_down`: weights and activations."""
-    slots = 8 if rows == 1 else 3
-    return ring_bytes(2, slots) + slots * min(rows, COLUMNS) * (2 * 64 + 8) * 2
+def up_bytes(hidden: int) -> int:
+    """Shared memory of a warp of `experts_up`."""
+    return max(ring_bytes(2, min(-(-(hidden // 64) // _UP_WARPS), 8)), 2 * PARTIAL_BYTES)

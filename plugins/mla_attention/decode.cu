@@ -186,7 +186,7 @@ DEVICE void load_keys(u16* keys, const Latent* latent_cache, const u16* latent_s
 // A chunk's scores under the queries of 16 heads, and its share of their outputs. outputs [HEADS, RANK] and shares [HEADS] of this
 // row and chunk; `seen` positions count from the chunk's first.
 DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* scores, float scale, int seen, int head0,
-                         u16* outputs, Share* shares, bool real) {
+                         u16* outputs, Share* shares) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
     {
         const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
@@ -220,7 +220,7 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
         const u16 weight = float_to_half(exp2f(score - peak));
         const float sum = warp_sum(half_to_float(weight));
         weights[head * WEIGHT_STRIDE + lane_id()] = weight;
-        if (real && lane_id() == 0 && head0 + head < HEADS) shares[head0 + head] = Share{peak, sum / CHUNK};
+        if (lane_id() == 0 && head0 + head < HEADS) shares[head0 + head] = Share{peak, sum / CHUNK};
     }
     __syncthreads();
 
@@ -229,7 +229,7 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
     load_a(a[1], weights + 16, WEIGHT_STRIDE);
     u16* out = outputs + head0 * RANK;
     auto store = [&](int head, int column, float x, float y) {
-        if (real && head0 + head < HEADS)
+        if (head0 + head < HEADS)
             *reinterpret_cast<u32*>(out + size_t(head) * RANK + column) = floats_to_halves(x / CHUNK, y / CHUNK);
     };
 #pragma unroll 4
@@ -266,27 +266,21 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
     const int cached = *cursor, seen = cached + row + 1 - first;  // positions this row sees, from the chunk's first on
     load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, true);
-    const size_t at = (size_t(row) * chunks + chunk) * HEADS;
-#pragma unroll 1
-    for (int pass = first_pass(turn); pass < 2; ++pass) {
-        const bool real = pass == 1;
-        if (real) {
-            await_turn(turn);
-            if (seen > 0) {
-                const int head = head0 + warp_id();
-                const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
+    await_turn(turn);
+    if (seen > 0) {
+        const int head = head0 + warp_id();
+        const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
 #pragma unroll
-                for (int piece = lane_id(); piece < KEY / 8; piece += 32)
-                    copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
-                // What lies further on in the caches is finite, and gets no weight.
-                load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, false);
-            }
-            copy_commit();
-            copy_wait<0>();
-        }
-        __syncthreads();
-        if (seen > 0) attend_chunk(keys, mine, weights, scores, scale, seen, head0, outputs + at * RANK, shares + at, real);
+        for (int piece = lane_id(); piece < KEY / 8; piece += 32)
+            copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
+        // What lies further on in the caches is finite, and gets no weight.
+        load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, false);
     }
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    const size_t at = (size_t(row) * chunks + chunk) * HEADS;
+    if (seen > 0) attend_chunk(keys, mine, weights, scores, scale, seen, head0, outputs + at * RANK, shares + at);
     finish_turn(turn);
 }
 
@@ -320,38 +314,33 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 
 #pragma unroll
     for (int step = 0; step < Mixed::STEPS; ++step)
         if (EARLY && Mixed::has(step)) load(step);
+    await_turn(turn);
     const size_t at = size_t(row) * chunks * HEADS + head;
-#pragma unroll 1
-    for (int pass = first_pass(turn); pass < 2; ++pass) {
-        const bool real = pass == 1;
-        if (real) await_turn(turn);
-        float sum[COMBINE_TILES][4] = {};
+    float sum[COMBINE_TILES][4] = {};
 #pragma unroll
-        for (int step = 0; step < Mixed::STEPS; ++step) {
-            if (!Mixed::has(step)) continue;
-            const Merged mean = merge_chunks<MOST_CHUNKS>(
-                shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, room);
-            if (lane_id() < 8)
-                *reinterpret_cast<uint4*>(mixed[warp_id()] + step * TILE_INPUTS + 8 * lane_id()) = merged_halves(mean);
-            if (!EARLY) load(step);
-            __syncwarp();
-            const Activation x = load_activation(mixed[warp_id()], Mixed::STRIDE, step, lane_id() < 4);
+    for (int step = 0; step < Mixed::STEPS; ++step) {
+        if (!Mixed::has(step)) continue;
+        const Merged mean = merge_chunks<MOST_CHUNKS>(
+            shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, room);
+        if (lane_id() < 8) *reinterpret_cast<uint4*>(mixed[warp_id()] + step * TILE_INPUTS + 8 * lane_id()) = merged_halves(mean);
+        if (!EARLY) load(step);
+        __syncwarp();
+        const Activation x = load_activation(mixed[warp_id()], Mixed::STRIDE, step, lane_id() < 4);
 #pragma unroll
-            for (int r = 0; r < COMBINE_TILES; ++r) weight[step][r].multiply(sum[r], x);
-        }
-        // Column 0 is the row.
-        if ((lane_id() & 3) == 0) {
+        for (int r = 0; r < COMBINE_TILES; ++r) weight[step][r].multiply(sum[r], x);
+    }
+    // Column 0 is the row.
+    if ((lane_id() & 3) == 0) {
 #pragma unroll
-            for (int r = 0; r < COMBINE_TILES; ++r) {
-                partials[warp_id()][r * TILE_ROWS + (lane_id() >> 2)] = sum[r][0];
-                partials[warp_id()][r * TILE_ROWS + (lane_id() >> 2) + 8] = sum[r][2];
-            }
+        for (int r = 0; r < COMBINE_TILES; ++r) {
+            partials[warp_id()][r * TILE_ROWS + (lane_id() >> 2)] = sum[r][0];
+            partials[warp_id()][r * TILE_ROWS + (lane_id() >> 2) + 8] = sum[r][2];
         }
-        __syncthreads();
-        if (threadIdx.x < COMBINE_TILES * TILE_ROWS) {
-            const float y = sum_partials<COMBINE_WARPS>(partials[0] + threadIdx.x, COMBINE_TILES * TILE_ROWS);
-            if (real) out[size_t(row) * HEADS * VALUE + head * VALUE + tile0 * TILE_ROWS + threadIdx.x] = float_to_half(y);
-        }
+    }
+    __syncthreads();
+    if (threadIdx.x < COMBINE_TILES * TILE_ROWS) {
+        const float y = sum_partials<COMBINE_WARPS>(partials[0] + threadIdx.x, COMBINE_TILES * TILE_ROWS);
+        out[size_t(row) * HEADS * VALUE + head * VALUE + tile0 * TILE_ROWS + threadIdx.x] = float_to_half(y);
     }
     finish_turn(turn);
 }

@@ -59,11 +59,6 @@ DEVICE void finish_turn(const Turn& turn) {
     }
 }
 
-// A kernel goes through what follows its wait twice where launches overlap: first before the wait, for nothing but to have the
-// instructions near (the kernels of a layer do not fit a multiprocessor's cache together), writing nothing that anyone else reads.
-//     for (int pass = first_pass(turn); pass < 2; ++pass) { const bool real = pass == 1; if (real) await_turn(turn); ... }
-DEVICE int first_pass(const Turn& turn) { return turn.counters ? 0 : 1; }
-
 // Asks for a vector of halves, so that reading it after the wait finds it in L2. Up to 64 halves a thread of the block.
 DEVICE void fetch_halves(const u16* vector, int count) {
     if (vector && int(threadIdx.x) * 64 < count) fetch_line(reinterpret_cast<const char*>(vector + threadIdx.x * 64));
