@@ -50,7 +50,7 @@ def test_linear(model: str, layer: str, arch: str) -> None:
     macros, blocks, warps = linear.macros(inputs, tiles, halves, epilogue=epilogue, normalised=normalised, scaled=True)
     values = dict(macros)
     held = int(values["INT4_BLOCK"]) * (2 if epilogue == 2 else 1)
-    shared = linear.shared_bytes(inputs, warps, ROWS, tiles=held, int4=tiles > 0, normalised=normalised)
+    shared = linear.shared_bytes(inputs, warps, ROWS, tiles=held, normalised=normalised)
     check(linear.SOURCE, values, arch, 32 * warps, shared)
     assert blocks >= halves
 
@@ -78,6 +78,7 @@ def test_experts(model: str, arch: str) -> None:
         NORMALISE=int(config.norm_topk_prob), SCALING=float(config.routed_scaling_factor), BIASED=int(sigmoid),
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
-    hidden = config.hidden_size
-    shared = max(8 * moe.route_bytes(hidden, ROWS), 4 * moe.up_bytes(hidden), 8 * linear.ring_bytes(2, 8))
-    check(moe.SOURCE, dict(macros), arch, {"route": 256, "experts_up": 128, "experts_down": 256}, shared)
+    route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
+    shared = max(route, moe.down_shared_bytes(width))
+    threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 256}
+    check(moe.SOURCE, dict(macros), arch, threads, shared)

@@ -12,8 +12,6 @@ from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 
 SOURCE = "int4_linear/decode.cu"
 COLUMNS = 8
-PARTIAL_BYTES = COLUMNS * 20 * 4
-"""Of a warp's sums of a tile (slice.cuh)."""
 MOST_ROWS = 2 * COLUMNS
 """Rows a decode kernel takes: two tiles of columns."""
 _HALF_OUT, _RESIDUAL, _GATED = 0, 1, 2
@@ -121,16 +119,11 @@ def macros(
     return values, -(-count // block) + halves, warps
 
 
-def ring_bytes(tiles: int, slots: int) -> int:
-    """Shared memory of a warp's `WeightRing` (ring.cuh): slots of so many INT4 tiles, each codes and scales."""
-    return slots * tiles * (512 + 32)
-
-
-def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, int4: bool, normalised: bool) -> int:
-    """Shared memory of a block: of each warp its weights and its activations, and in their place its partial sums."""
+def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, normalised: bool) -> int:
+    """Shared memory of a block: of each warp its activations, and later its partial sums."""
     steps = -(-(inputs // 64) // warps)
-    staged = rows * (steps * 64 + 8) * 2 if normalised or warps <= 8 else 0
-    return warps * max(tiles * PARTIAL_BYTES, (ring_bytes(tiles, min(steps, 4 if tiles > 2 else 8)) if int4 else 0) + staged)
+    staged = rows * (steps * 64 + 8) * 2 if normalised else 0
+    return warps * max(tiles * COLUMNS * 20 * 4, staged)
 
 
 def _launch(
@@ -155,10 +148,7 @@ def _launch(
     )  # fmt: skip
     parameters = dict(values)
     tiles = int(parameters["INT4_BLOCK"]) * (2 if epilogue == _GATED else 1)
-    int4 = weight.int4_tiles > 0
-    shared = shared_bytes(
-        weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, int4=int4, normalised=norm is not None
-    )
+    shared = shared_bytes(weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, normalised=norm is not None)
     launch_in_turn(
         turns,
         kernel(SOURCE, "linear", values),
@@ -180,7 +170,6 @@ def _launch(
         square_sums,
         next_scale,
         rows,
-        shared // warps,
         shared=shared,
     )
 

@@ -14,7 +14,7 @@ struct WeightRing {
 
     // `tile_of(k)`: row tile * groups + group of tile k. One group of copies; every turn of a loop must commit one.
     template <class TileOf>
-    DEVICE void ask(int slot, const uint4* codes, const u32* scales, TileOf tile_of) const {
+    DEVICE void ask(int slot, const uint4* codes, const u32* scales, TileOf tile_of) {
         char* to = own + slot * SLOT;
 #pragma unroll
         for (int k = 0; k < COUNT; ++k)

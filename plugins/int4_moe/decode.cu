@@ -4,7 +4,7 @@
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/routing.cuh"
-#include "int4_linear/ring.cuh"
+#include "int4_linear/weights.cuh"
 #include "turns.cuh"
 
 constexpr int ROUTE_WARPS = 8;
@@ -16,53 +16,65 @@ static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 // ---- the shared expert's first half -----------------------------------------------------------------------------
 
 #if SHARED
-constexpr int SHARED_BLOCKS = SHARED / TILE_ROWS;  // a block a tile, and its gate
+constexpr int SHARED_TILES = SHARED / TILE_ROWS;
+constexpr int SHARED_PAIRS = 1;  // pairs of up and gate tiles a block
+constexpr int SHARED_BLOCKS = (SHARED_TILES + SHARED_PAIRS - 1) / SHARED_PAIRS;
 using Shared = Slice<HIDDEN, ROUTE_WARPS>;
-using SharedRing = WeightRing<2, smaller(Shared::STEPS, 8)>;
 
 DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
                       const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
                       int rows, const Turn& turn) {
-    constexpr int DEPTH = smaller(Shared::STEPS, 8);
-    const int tile = blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS;
-    const SharedRing ring = {own};
-    u16* x = reinterpret_cast<u16*>(own + SharedRing::BYTES);
-    auto ask = [&](int step, int slot) {
-        if (step < Shared::STEPS && Shared::has(step))
-            ring.ask(slot, codes, scales, [&](int k) { return (tile + k * SHARED_BLOCKS) * Shared::GROUPS + Shared::group(step); });
-        else copy_commit();
+    constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
+    const int first = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * SHARED_PAIRS;
+    auto tile_of = [&](int r) {
+        const int item = smaller(first + r % SHARED_PAIRS, SHARED_TILES - 1);
+        return r < SHARED_PAIRS ? item : SHARED_TILES + item;
     };
-#pragma unroll 1
-    for (int step = 0; step < DEPTH; ++step) ask(step, step);
+    Int4Weight weight[DEPTH][TILES];
+    auto load = [&](int step) {
+        if (Shared::has(step)) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+                weight[step % DEPTH][r].load(codes, scales, tile_of(r) * Shared::GROUPS + Shared::group(step));
+        }
+    };
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load(step);
     fetch_halves(norm, HIDDEN);
     if (SHARED_SCALED) fetch_halves(pre_quant_scale, HIDDEN);
     await_turn(turn);
+    u16* x = reinterpret_cast<u16*>(own);
     normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
     __syncwarp();
     const bool present = (lane_id() >> 2) < rows;
-    float up[4] = {}, gate[4] = {};
-#pragma unroll 1
-    for (int step = 0, slot = 0; step < Shared::STEPS; ++step, slot = slot + 1 < DEPTH ? slot + 1 : 0) {
-        SharedRing::await_oldest();
+    float sum[TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < Shared::STEPS; ++step) {
         if (Shared::has(step)) {
             const Activation now = load_activation(x, Shared::STRIDE, step, present);
-            ring.multiply(up, slot, 0, now);
-            ring.multiply(gate, slot, 1, now);
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
         }
-        __syncwarp();
-        ask(step + DEPTH, slot);
+        if (step + DEPTH < Shared::STEPS) load(step + DEPTH);
     }
+    __syncwarp();
     float* partial = reinterpret_cast<float*>(own);
-    store_partial(partial, up, rows);
-    store_partial(partial + COLUMNS * PARTIAL_COLUMN, gate, rows);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) store_partial(partial + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
     __syncthreads();
     partial -= warp_id() * bytes / 4;
-    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
-    if (column >= rows) return;
-    const float* at = partial + column * PARTIAL_COLUMN + (threadIdx.x & 15);
-    float y = sum_partials<ROUTE_WARPS>(at, bytes / 4) * silu(sum_partials<ROUTE_WARPS>(at + COLUMNS * PARTIAL_COLUMN, bytes / 4));
-    if (next_scale) y *= half_to_float(next_scale[output]);
-    out[size_t(column) * SHARED + output] = float_to_half(y);
+    for (int index = threadIdx.x; index < SHARED_PAIRS * COLUMNS * TILE_ROWS; index += 32 * ROUTE_WARPS) {
+        const int pair = index / (COLUMNS * TILE_ROWS), column = (index >> 4) % COLUMNS;
+        const int output = (first + pair) * TILE_ROWS + (index & 15);
+        if (column >= rows || first + pair >= SHARED_TILES) continue;
+        const int place = (pair * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        const float up = sum_partials<ROUTE_WARPS>(partial + place, bytes / 4);
+        const float gate =
+            sum_partials<ROUTE_WARPS>(partial + place + SHARED_PAIRS * COLUMNS * PARTIAL_COLUMN, bytes / 4);
+        float y = up * silu(gate);
+        if (next_scale) y *= half_to_float(next_scale[output]);
+        out[size_t(column) * SHARED + output] = float_to_half(y);
+    }
 }
 #else
 constexpr int SHARED_BLOCKS = 0;
@@ -131,8 +143,9 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
 constexpr int UP_WARPS = 4;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
-constexpr int UP_DEPTH = smaller(Up::STEPS, 8);
-using UpRing = WeightRing<2, UP_DEPTH>;
+constexpr int UP_BLOCKS = 4;
+constexpr int UP_TILES = 1;  // tiles a block, with their gates
+constexpr int UP_DEPTH = 3;
 
 // What a row that takes no part gives is never used, so it is any row that is there.
 DEVICE Activation load_direct(const u16* row, int group) {
@@ -154,54 +167,61 @@ struct Chosen {
     }
 };
 
-// 16 of one expert's outputs, for its rows.
+// Some of one expert's outputs, for its rows.
 DEVICE void expert_up(const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
-                      u16* hidden, int rows, char* shared) {
-    constexpr int OWN = larger(UpRing::BYTES, 2 * COLUMNS * PARTIAL_COLUMN * 4);
-    char* own = shared + warp_id() * OWN;
-    const UpRing ring = {own};
-    const int first = entry.expert * 2 * EXPERT_TILES + blockIdx.x;
-    auto ask = [&](int step, int slot) {
-        if (step < Up::STEPS && Up::has(step))
-            ring.ask(slot, codes, scales, [&](int k) { return (first + k * EXPERT_TILES) * Up::GROUPS + Up::group(step); });
-        else copy_commit();
-    };
-#pragma unroll 1
-    for (int step = 0; step < UP_DEPTH; ++step) ask(step, step);
+                      u16* hidden, int rows) {
+    constexpr int TILES = 2 * UP_TILES, OUTPUTS = UP_TILES * COLUMNS * TILE_ROWS, GROUPS = Up::GROUPS;
+    __shared__ float partials[UP_WARPS][TILES * COLUMNS * PARTIAL_COLUMN];
+    constexpr int DEPTH = smaller(Up::STEPS, UP_DEPTH);
+    const int tile0 = blockIdx.x * UP_TILES;
+    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES + tile0;
+    codes += first * GROUPS * 32;
+    scales += first * GROUPS * 8;
+    Int4Weight weight[DEPTH][TILES];
+    Activation x[DEPTH];
     const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
-    auto load = [&](int step) { return load_direct(row, Up::has(step) ? Up::group(step) : 0); };
-    Activation next = load(0);
-    float up[4] = {}, gate[4] = {};
-#pragma unroll 1
-    for (int step = 0, slot = 0; step < Up::STEPS; ++step, slot = slot + 1 < UP_DEPTH ? slot + 1 : 0) {
-        const Activation now = next;
-        if (step + 1 < Up::STEPS) next = load(step + 1);
-        UpRing::await_oldest();
+    auto load = [&](int step) {
         if (Up::has(step)) {
-            ring.multiply(up, slot, 0, now);
-            ring.multiply(gate, slot, 1, now);
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+                weight[step % DEPTH][r].load(codes, scales, (r % UP_TILES + r / UP_TILES * EXPERT_TILES) * GROUPS + Up::group(step));
+            x[step % DEPTH] = load_direct(row, Up::group(step));
         }
-        __syncwarp();
-        ask(step + UP_DEPTH, slot);
+    };
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load(step);
+    float sum[TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < Up::STEPS; ++step) {
+        if (Up::has(step)) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], x[step % DEPTH]);
+        }
+        if (step + DEPTH < Up::STEPS) load(step + DEPTH);
     }
-    store_partial(reinterpret_cast<float*>(own), up, COLUMNS);
-    store_partial(reinterpret_cast<float*>(own) + COLUMNS * PARTIAL_COLUMN, gate, COLUMNS);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) store_partial(partials[warp_id()] + r * COLUMNS * PARTIAL_COLUMN, sum[r], COLUMNS);
     __syncthreads();
-    const int column = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
-    if (!(entry.rows >> column & 1)) return;
-    const float* at = reinterpret_cast<const float*>(shared) + column * PARTIAL_COLUMN + (threadIdx.x & 15);
-    float y = sum_partials<UP_WARPS>(at, OWN / 4) * silu(sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, OWN / 4));
-    if (next_scale) y *= half_to_float(next_scale[output]);
-    const int slot = entry.slots >> (4 * column) & 15;
-    hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+#pragma unroll
+    for (int index = threadIdx.x; index < OUTPUTS; index += 32 * UP_WARPS) {
+        const int r = index / (COLUMNS * TILE_ROWS), column = index / TILE_ROWS % COLUMNS;
+        const int output = (tile0 + r) * TILE_ROWS + (index & 15);
+        if (!(entry.rows >> column & 1)) continue;
+        const float* at = partials[0] + (r * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        const float up = sum_partials<UP_WARPS>(at, TILES * COLUMNS * PARTIAL_COLUMN);
+        const float gate = sum_partials<UP_WARPS>(at + UP_TILES * COLUMNS * PARTIAL_COLUMN, TILES * COLUMNS * PARTIAL_COLUMN);
+        float y = up * silu(gate);
+        if (next_scale) y *= half_to_float(next_scale[output]);
+        const int slot = entry.slots >> (4 * column) & 15;
+        hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+    }
 }
 
 // Block (tile, entry, tile of rows). hidden half [rows, TOP_K, WIDTH].
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 7)
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     experts_up(const u16* inputs, const float* logits, const float* bias, const uint4* codes, const u32* scales,
                const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
     __shared__ Chosen<UP_WARPS> work;
-    extern __shared__ uint4 shared[];
     const Turn turn = {turns, index, before};
     const int at = blockIdx.y, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     logits += row0 * EXPERTS;
@@ -216,8 +236,7 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 7)
         entry = work.entries[smaller(at, MOST_ENTRIES - 1)];
     }
     if (at < count)
-        expert_up(entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows,
-                  reinterpret_cast<char*>(shared));
+        expert_up(entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
     finish_turn(turn);
 }
 
@@ -271,87 +290,149 @@ DEVICE float residual_before(const float* residual, int row0, int rows) {
     return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
 }
 
-// A warp's weights come two groups at a time, and units follow each other in the ring. The whole of K is one warp's, in order, so
-// that nothing decides a row's result but that row.
-constexpr int DOWN_PAIRS = (DOWN_GROUPS + 1) / 2, DOWN_DEPTH = 8;
-using DownRing = WeightRing<2, DOWN_DEPTH>;
+// The whole of K in one warp, in order: nothing decides a result but its own row.
+DEVICE void down_unit(float (&sum)[4], const DownTiles& at, const u16* row) {
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
+    Int4Weight weight[DEPTH];
+    Activation x[DEPTH];
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) weight[step].load(at.codes, at.scales, at.first + step);
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
+#pragma unroll
+    for (int step = 0; step < DOWN_GROUPS; ++step) {
+        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
+        if (step + DEPTH < DOWN_GROUPS) {
+            weight[step % DEPTH].load(at.codes, at.scales, at.first + step + DEPTH);
+            x[step % DEPTH] = load_direct(row, step + DEPTH);
+        }
+    }
+}
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: parts of the shared expert, then
 // the rows' experts.
-extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     experts_down(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
                  int all_rows, TurnCounters* turns, int index, int before) {
     __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
     __shared__ float weights[COLUMNS][TOP_K];
     __shared__ Chosen<DOWN_WARPS> work;
-    __shared__ int own_choice[DOWN_WARPS][TOP_K];
-    extern __shared__ uint4 shared[];
     const Turn turn = {turns, index, before};
-    const DownRing ring = {reinterpret_cast<char*>(shared) + warp_id() * DownRing::BYTES};
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
     const float was = residual_before(residual, row0, rows);
     logits += row0 * EXPERTS;
-
-    // The logits are of the launch before the last: the choice, and the first weights, wait for nobody.
-    int units = SHARED_PARTS + TOP_K;
-    if (all_rows == 1) {  // every warp chooses for itself
-        choose_experts(logits, bias, own_choice[warp_id()], TOP_K);
-        __syncwarp();
-    } else {
-        units = SHARED_PARTS + work.list(logits, bias, rows);
-    }
-    auto entry_of = [&](int unit) {
-        const int at = unit - SHARED_PARTS;
-        if (at < 0) return Entry{0, (1u << rows) - 1, 0};
-        return all_rows == 1 ? Entry{own_choice[warp_id()][at], 1, u32(at)} : work.entries[at];
-    };
-    int asked = warp_id(), asked_pair = 0;  // the next to ask for
-    DownTiles from;
-    auto ask = [&](int slot) {
-        if (asked < units) {
-            if (asked_pair == 0) from = DownTiles::of(asked, entry_of(asked).expert, codes, scales, shared_codes, shared_scales);
-            // The last pair may be one group, twice.
-            ring.ask(slot, from.codes, from.scales, [&](int k) { return from.first + smaller(2 * asked_pair + k, DOWN_GROUPS - 1); });
-            if (++asked_pair == DOWN_PAIRS) asked_pair = 0, asked += DOWN_WARPS;
-        } else {
-            copy_commit();
-        }
-    };
-#pragma unroll 1
-    for (int slot = 0; slot < DOWN_DEPTH; ++slot) ask(slot);
-    for (int row = warp_id(); row < rows; row += DOWN_WARPS)
-        weigh_experts(logits + row * EXPERTS, all_rows == 1 ? own_choice[0] : work.chosen[row], weights[row]);
+    const int units = SHARED_PARTS + work.list(logits, bias, rows);
+    for (int row = warp_id(); row < rows; row += DOWN_WARPS) weigh_experts(logits + row * EXPERTS, work.chosen[row], weights[row]);
     await_turn(turn);
 
-    int slot = 0;
     for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
-        const Entry entry = entry_of(unit);
-        const u16* row = unit < SHARED_PARTS
-                             ? shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH
-                             : hidden + (size_t(row0 + in_row) * TOP_K + (entry.slots >> (4 * in_row) & 15)) * WIDTH;
-        auto load = [&](int group) { return load_direct(row, smaller(group, DOWN_GROUPS - 1)); };
-        Activation next[2] = {load(0), load(1)};
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-        for (int pair = 0; pair < DOWN_PAIRS; ++pair, slot = (slot + 1) % DOWN_DEPTH) {
-            const Activation now[2] = {next[0], next[1]};
-            next[0] = load(2 * pair + 2), next[1] = load(2 * pair + 3);
-            DownRing::await_oldest();
-            ring.multiply(sum, slot, 0, now[0]);
-            if (2 * pair + 1 < DOWN_GROUPS) ring.multiply(sum, slot, 1, now[1]);
-            __syncwarp();
-            ask(slot);
+        if (unit < SHARED_PARTS) {
+            const DownTiles at = DownTiles::of(unit, 0, codes, scales, shared_codes, shared_scales);
+            down_unit(sum, at, shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
+            continue;
         }
+        const Entry entry = work.entries[unit - SHARED_PARTS];
+        const DownTiles at = DownTiles::of(unit, entry.expert, codes, scales, shared_codes, shared_scales);
+        down_unit(sum, at, hidden + (size_t(row0 + in_row) * TOP_K + (entry.slots >> (4 * in_row) & 15)) * WIDTH);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int c = column + (i & 1), output = g + 8 * (i >> 1);
-            if (unit < SHARED_PARTS) shared_sum[unit][c][output] = sum[i];
-            else if (entry.rows >> c & 1) routed[c][entry.slots >> (4 * c) & 15][output] = sum[i];
+            const int c = column + (i & 1);
+            if (entry.rows >> c & 1) routed[c][entry.slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
         }
     }
     __syncthreads();
     add_units(residual, square_sums, was, weights, routed, shared_sum, row0, rows);
+    finish_turn(turn);
+}
+
+// ---- experts_down of one row --------------------------------------------------------------------------------------
+
+// All of a unit's weights are asked for before the wait: the first groups wait in registers, the others in shared memory, each lane's
+// for itself.
+constexpr int HELD_GROUPS = smaller(DOWN_GROUPS, 7), LANDED_GROUPS = DOWN_GROUPS - HELD_GROUPS;
+constexpr int UNIT_BYTES = LANDED_GROUPS * (512 + 32) + WIDTH * 2;  // of shared memory a warp: codes, scales, inputs
+
+struct LandedUnit {
+    Int4Weight held[HELD_GROUPS];
+
+    DEVICE void ask(const DownTiles& at, uint4* landing) {
+#pragma unroll
+        for (int step = 0; step < HELD_GROUPS; ++step) held[step].load(at.codes, at.scales, at.first + step);
+#pragma unroll
+        for (int i = 0; i < LANDED_GROUPS; ++i) {
+            const size_t tile = at.first + HELD_GROUPS + i;
+            copy_async(landing + i * 32 + lane_id(), at.codes + tile * 32 + lane_id());
+        }
+        const u32* landed_scales = at.scales + size_t(at.first + HELD_GROUPS) * 8;
+        for (int i = lane_id(); i < 2 * LANDED_GROUPS; i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, landed_scales + 4 * i);
+        copy_commit();
+    }
+
+    // x: the row, in shared memory. In down_unit's order.
+    DEVICE void multiply(float (&sum)[4], const uint4* landing, const u16* x) const {
+        const bool present = lane_id() < 4;
+        const u32* scales = reinterpret_cast<const u32*>(landing + LANDED_GROUPS * 32) + (lane_id() >> 2);
+#pragma unroll
+        for (int step = 0; step < DOWN_GROUPS; ++step) {
+            const Activation now = load_activation(x, 0, step, present);
+            if (step < HELD_GROUPS) {
+                held[step].multiply(sum, now);
+            } else {
+                const int i = step - HELD_GROUPS;
+                int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], now);
+            }
+        }
+    }
+};
+
+// Block (tile): 16 values of the residual stream. A warp a unit.
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
+    experts_down_row(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
+                     const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
+                     TurnCounters* turns, int index, int before) {
+    __shared__ float routed[1][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS], weights[1][TOP_K];
+    __shared__ int chosen[DOWN_WARPS][TOP_K];
+    extern __shared__ uint4 shared[];
+    uint4* landing = shared + warp_id() * (UNIT_BYTES / 16);
+    u16* x = reinterpret_cast<u16*>(landing + LANDED_GROUPS * 34);
+    const Turn turn = {turns, index, before};
+    constexpr int UNITS = SHARED_PARTS + TOP_K;
+    const float was = residual_before(residual, 0, 1);
+    LandedUnit unit_weights;
+    // The logits are of the launch before the last: the choice waits for nobody, and every warp makes it for itself.
+    auto ask = [&](int unit) {
+        const int expert = unit < SHARED_PARTS ? 0 : chosen[warp_id()][unit - SHARED_PARTS];
+        unit_weights.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), landing);
+    };
+    if (warp_id() < SHARED_PARTS) ask(warp_id());
+    choose_experts(logits, bias, chosen[warp_id()], TOP_K);
+    __syncwarp();
+    if (warp_id() >= SHARED_PARTS && warp_id() < UNITS) ask(warp_id());
+    if (warp_id() == 0) weigh_experts(logits, chosen[0], weights[0]);
+    await_turn(turn);
+
+    for (int unit = warp_id(); unit < UNITS; unit += DOWN_WARPS) {
+        if (unit != warp_id()) ask(unit);
+        const u16* row = unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH;
+        for (int i = lane_id(); i < WIDTH / 8; i += 32) copy_async(x + i * 8, row + i * 8);
+        copy_commit();
+        copy_wait<0>();
+        __syncwarp();
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        unit_weights.multiply(sum, landing, x);
+        __syncwarp();
+        if ((lane_id() & 3) == 0) {  // column 0
+            float* to = unit < SHARED_PARTS ? shared_sum[unit][0] : routed[0][unit - SHARED_PARTS];
+            to[lane_id() >> 2] = sum[0];
+            to[(lane_id() >> 2) + 8] = sum[2];
+        }
+    }
+    __syncthreads();
+    add_units(residual, square_sums, was, weights, routed, shared_sum, 0, 1);
     finish_turn(turn);
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
-from trtvlm.plugins.int4_linear.decode import COLUMNS, PARTIAL_BYTES, Norm, check_rows, ring_bytes
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
@@ -122,13 +122,13 @@ def route(
     blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + shared_tiles
     grid = (blocks, -(-rows // COLUMNS))
     fc, proj = weights.shared_fc, weights.shared_proj
-    each = route_bytes(hidden, rows)
+    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router,
         weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
         None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
-        None if proj is None else proj.pre_quant_scale, workspace.shared, rows, each, shared=_ROUTE_WARPS * each,
+        None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: T
     launch_in_turn(
         turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, entries, -(-rows // COLUMNS)),
         32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, rows, shared=_UP_WARPS * up_bytes(weights.router.shape[1]),
+        weights.proj.pre_quant_scale, workspace.hidden, rows,
     )  # fmt: skip
 
 
@@ -155,20 +155,20 @@ def experts_down(
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
     shared = weights.shared_proj
-    launch_in_turn(
-        turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
-        32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
+    grid, block = (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS
+    arguments = (
+        workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
-        square_sums, rows, shared=_DOWN_WARPS * ring_bytes(2, 8),
+        square_sums,
     )  # fmt: skip
+    if rows == 1:
+        launch = kernel(SOURCE, "experts_down_row", weights.macros)
+        launch_in_turn(turns, launch, grid, block, *arguments, shared=down_shared_bytes(weights.width))
+    else:
+        launch_in_turn(turns, kernel(SOURCE, "experts_down", weights.macros), grid, block, *arguments, rows)
 
 
-def route_bytes(hidden: int, rows: int) -> int:
-    """Shared memory of a warp of `route`: the shared expert's weights and its activations."""
-    steps = -(-(hidden // 64) // _ROUTE_WARPS)
-    return max(ring_bytes(2, min(steps, 8)) + min(rows, COLUMNS) * (steps * 64 + 8) * 2, 2 * PARTIAL_BYTES)
-
-
-def up_bytes(hidden: int) -> int:
-    """Shared memory of a warp of `experts_up`."""
-    return max(ring_bytes(2, min(-(-(hidden // 64) // _UP_WARPS), 8)), 2 * PARTIAL_BYTES)
+def down_shared_bytes(width: int) -> int:
+    """Shared memory of a block of `experts_down_row`: of each warp the groups that registers do not hold, and its inputs."""
+    groups = width // 64
+    return _DOWN_WARPS * ((512 + 32) * (groups - min(groups, 7)) + 2 * width)

@@ -40,24 +40,23 @@ DEVICE Activation load_activation(const u16* rows, int stride, int group, bool p
     return out;
 }
 
-// sum += scale * (codes of one tile x activations); scale holds rows g (low half) and g + 8 (high half). Two chains of products:
-// a warp waits for each before the next.
+// sum += scale * (codes of one tile x activations); scale holds rows g (low half) and g + 8 (high half).
 DEVICE void int4_tile(float (&sum)[4], const uint4& codes, u32 scale, const Activation& x) {
-    float first[4] = {0.f, 0.f, 0.f, 0.f}, second[4] = {0.f, 0.f, 0.f, 0.f};
-    u32 a[4], b[4];
+    float part[4] = {0.f, 0.f, 0.f, 0.f};
+    u32 a[4];
     int4_to_halves(a, codes.x);
-    int4_to_halves(b, codes.y);
-    mma_16x8x16(first, a, x.first.x, x.first.y);
-    mma_16x8x16(second, b, x.first.z, x.first.w);
+    mma_16x8x16(part, a, x.first.x, x.first.y);
+    int4_to_halves(a, codes.y);
+    mma_16x8x16(part, a, x.first.z, x.first.w);
     int4_to_halves(a, codes.z);
-    int4_to_halves(b, codes.w);
-    mma_16x8x16(first, a, x.second.x, x.second.y);
-    mma_16x8x16(second, b, x.second.z, x.second.w);
+    mma_16x8x16(part, a, x.second.x, x.second.y);
+    int4_to_halves(a, codes.w);
+    mma_16x8x16(part, a, x.second.z, x.second.w);
     const float upper = low_half(scale), lower = high_half(scale);
-    sum[0] += upper * (first[0] + second[0]);
-    sum[1] += upper * (first[1] + second[1]);
-    sum[2] += lower * (first[2] + second[2]);
-    sum[3] += lower * (first[3] + second[3]);
+    sum[0] += upper * part[0];
+    sum[1] += upper * part[1];
+    sum[2] += lower * part[2];
+    sum[3] += lower * part[3];
 }
 
 // The same for a tile of halves: step j of the tile is 16 bytes a lane, a[0..3].
