@@ -78,7 +78,6 @@ def test_experts(model: str, arch: str) -> None:
         NORMALISE=int(config.norm_topk_prob), SCALING=float(config.routed_scaling_factor), BIASED=int(sigmoid),
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
-    route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
-    shared = max(route, moe.down_shared_bytes(width))
+    shared = max(moe.up_bytes(config.hidden_size, ROWS), moe.down_shared_bytes(width))
     threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 256}
     check(moe.SOURCE, dict(macros), arch, threads, shared)

@@ -107,7 +107,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
            int ahead_count, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     if (blockIdx.x >= room) {
-        start_turn(turn);
         if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
         return;
     }
@@ -163,11 +162,12 @@ constexpr int COMBINE_WARPS = 4;
 constexpr int PIECE = WIDTH < 64 ? WIDTH : 64;  // columns a warp puts together
 constexpr int PARTS = (WIDTH + PIECE - 1) / PIECE;
 
-// A warp a row, head and piece of its columns. out half [rows, HEADS * WIDTH]. `room`: chunks that the step's span has.
+// A warp a row, head and piece of its columns. out half [rows, HEADS * WIDTH].
 extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
-    combine(const u16* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int room, int rows,
+    combine(const u16* outputs, const Share* shares, const int* cursor, u16* out, int chunks, int rows,
             TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
+    __shared__ float merging[COMBINE_WARPS][MOST_CHUNKS];
     const int most = rows * HEADS * PARTS, mine = blockIdx.x * COMBINE_WARPS + warp_id(), unit = smaller(mine, most - 1);
     const int head = unit / PARTS % HEADS, row = unit / (PARTS * HEADS), lane = lane_id() & 7;
     const int count = (*cursor + row) / CHUNK + 1;
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
     const int back = column > last ? column - last : 0;
     await_turn(turn);
     const Merged mean =
-        merge_chunks<MOST_CHUNKS>(shares + at, HEADS, outputs + at * WIDTH + column - 8 * lane - back, HEADS * WIDTH, count, room);
+        merge_chunks<MOST_CHUNKS>(shares + at, HEADS, outputs + at * WIDTH + column - 8 * lane - back, HEADS * WIDTH, count, merging[warp_id()]);
     if (mine < most && lane_id() < 8 && !back)
         *reinterpret_cast<uint4*>(out + size_t(row) * HEADS * WIDTH + head * WIDTH + column) = merged_halves(mean);
     finish_turn(turn);

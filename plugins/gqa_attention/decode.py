@@ -88,6 +88,5 @@ def gqa_decode(
         cursor,
         out,
         chunks,
-        room,
         rows,
     )

@@ -1,6 +1,6 @@
-// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the shared expert's first half),
-// experts_up, experts_down. Every block of the last two picks the experts for itself: waiting for another block to do it would take
-// longer. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows.
+// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the experts' inputs), experts_up (which
+// also does the shared expert's first half), experts_down. Every block of the last two picks the experts for itself: waiting for
+// another block to do it would take longer. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/routing.cuh"
@@ -8,77 +8,12 @@
 #include "turns.cuh"
 
 constexpr int ROUTE_WARPS = 8;
-constexpr int ROUTER_PARTS = 2, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
+constexpr int ROUTER_PARTS = 4, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
 constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTER_EXPERTS - 1) / ROUTER_EXPERTS;
 constexpr int INPUT_QUADS = 64, INPUT_BLOCKS = (QUADS + INPUT_QUADS - 1) / INPUT_QUADS;  // of the experts' inputs
 static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 
-// ---- the shared expert's first half -----------------------------------------------------------------------------
-
-#if SHARED
-constexpr int SHARED_TILES = SHARED / TILE_ROWS;
-constexpr int SHARED_PAIRS = 1;  // pairs of up and gate tiles a block
-constexpr int SHARED_BLOCKS = (SHARED_TILES + SHARED_PAIRS - 1) / SHARED_PAIRS;
-using Shared = Slice<HIDDEN, ROUTE_WARPS>;
-
-DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
-                      const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
-                      int rows, const Turn& turn) {
-    constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
-    const int first = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * SHARED_PAIRS;
-    auto tile_of = [&](int r) {
-        const int item = smaller(first + r % SHARED_PAIRS, SHARED_TILES - 1);
-        return r < SHARED_PAIRS ? item : SHARED_TILES + item;
-    };
-    Int4Weight weight[DEPTH][TILES];
-    auto load = [&](int step) {
-        if (Shared::has(step)) {
-#pragma unroll
-            for (int r = 0; r < TILES; ++r)
-                weight[step % DEPTH][r].load(codes, scales, tile_of(r) * Shared::GROUPS + Shared::group(step));
-        }
-    };
-#pragma unroll
-    for (int step = 0; step < DEPTH; ++step) load(step);
-    fetch_halves(norm, HIDDEN);
-    if (SHARED_SCALED) fetch_halves(pre_quant_scale, HIDDEN);
-    await_turn(turn);
-    u16* x = reinterpret_cast<u16*>(own);
-    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
-    __syncwarp();
-    const bool present = (lane_id() >> 2) < rows;
-    float sum[TILES][4] = {};
-#pragma unroll
-    for (int step = 0; step < Shared::STEPS; ++step) {
-        if (Shared::has(step)) {
-            const Activation now = load_activation(x, Shared::STRIDE, step, present);
-#pragma unroll
-            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
-        }
-        if (step + DEPTH < Shared::STEPS) load(step + DEPTH);
-    }
-    __syncwarp();
-    float* partial = reinterpret_cast<float*>(own);
-#pragma unroll
-    for (int r = 0; r < TILES; ++r) store_partial(partial + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
-    __syncthreads();
-    partial -= warp_id() * bytes / 4;
-    for (int index = threadIdx.x; index < SHARED_PAIRS * COLUMNS * TILE_ROWS; index += 32 * ROUTE_WARPS) {
-        const int pair = index / (COLUMNS * TILE_ROWS), column = (index >> 4) % COLUMNS;
-        const int output = (first + pair) * TILE_ROWS + (index & 15);
-        if (column >= rows || first + pair >= SHARED_TILES) continue;
-        const int place = (pair * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
-        const float up = sum_partials<ROUTE_WARPS>(partial + place, bytes / 4);
-        const float gate =
-            sum_partials<ROUTE_WARPS>(partial + place + SHARED_PAIRS * COLUMNS * PARTIAL_COLUMN, bytes / 4);
-        float y = up * silu(gate);
-        if (next_scale) y *= half_to_float(next_scale[output]);
-        out[size_t(column) * SHARED + output] = float_to_half(y);
-    }
-}
-#else
-constexpr int SHARED_BLOCKS = 0;
-#endif
+// ---- route --------------------------------------------------------------------------------------------------------
 
 // A block of the router: its experts' logits [all rows, EXPERTS].
 DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
@@ -113,28 +48,18 @@ DEVICE void expert_inputs(const float* residual, const float* square_sums, const
     }
 }
 
-// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
-// the shared expert's.
+// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the others write what the experts read.
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
-          const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
-          const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
-          int before) {
+          const u16* expert_scale, float* logits, u16* inputs, int all_rows, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
-    extern __shared__ uint4 shared[];
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     residual += size_t(row0) * HIDDEN;
     square_sums += row0 * (HIDDEN / 16);
-    if (blockIdx.x < ROUTER_BLOCKS) {
+    if (blockIdx.x < ROUTER_BLOCKS)
         router_logits(residual, square_sums, norm, eps, router, logits + row0 * EXPERTS, rows, turn);
-    } else if (blockIdx.x < ROUTER_BLOCKS + INPUT_BLOCKS) {
+    else
         expert_inputs(residual, square_sums, norm, eps, expert_scale, inputs + size_t(row0) * HIDDEN, rows, turn);
-    } else {
-#if SHARED
-        shared_up(reinterpret_cast<char*>(shared) + warp_id() * bytes, bytes, residual, square_sums, norm, eps, shared_scale,
-                  shared_codes, shared_scales, shared_next, shared_out + size_t(row0) * SHARED, rows, turn);
-#endif
-    }
     finish_turn(turn);
 }
 
@@ -143,15 +68,10 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
 constexpr int UP_WARPS = 4;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
-constexpr int UP_BLOCKS = 4;
-constexpr int UP_TILES = 1;  // tiles a block, with their gates
-constexpr int UP_DEPTH = 3;
+constexpr int UP_DEPTH = smaller(Up::STEPS, 5);  // steps of weights under way
 
-// What a row that takes no part gives is never used, so it is any row that is there.
-DEVICE Activation load_direct(const u16* row, int group) {
-    const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
-    return Activation{at[0], at[1]};
-}
+constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
+static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
 // The whole block: the experts that the rows of a tile chose.
 template <int WARPS>
@@ -167,65 +87,104 @@ struct Chosen {
     }
 };
 
-// Some of one expert's outputs, for its rows.
-DEVICE void expert_up(const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
-                      u16* hidden, int rows) {
-    constexpr int TILES = 2 * UP_TILES, OUTPUTS = UP_TILES * COLUMNS * TILE_ROWS, GROUPS = Up::GROUPS;
-    __shared__ float partials[UP_WARPS][TILES * COLUMNS * PARTIAL_COLUMN];
-    constexpr int DEPTH = smaller(Up::STEPS, UP_DEPTH);
-    const int tile0 = blockIdx.x * UP_TILES;
-    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES + tile0;
-    codes += first * GROUPS * 32;
-    scales += first * GROUPS * 8;
-    Int4Weight weight[DEPTH][TILES];
-    Activation x[DEPTH];
-    const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
-    auto load = [&](int step) {
-        if (Up::has(step)) {
-#pragma unroll
-            for (int r = 0; r < TILES; ++r)
-                weight[step % DEPTH][r].load(codes, scales, (r % UP_TILES + r / UP_TILES * EXPERT_TILES) * GROUPS + Up::group(step));
-            x[step % DEPTH] = load_direct(row, Up::group(step));
-        }
-    };
-#pragma unroll
-    for (int step = 0; step < DEPTH; ++step) load(step);
-    float sum[TILES][4] = {};
-#pragma unroll
-    for (int step = 0; step < Up::STEPS; ++step) {
-        if (Up::has(step)) {
-#pragma unroll
-            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], x[step % DEPTH]);
-        }
-        if (step + DEPTH < Up::STEPS) load(step + DEPTH);
+// A warp's part of a tile of up weights and one of gate weights, `gates` tiles further on.
+struct UpTiles {
+    const uint4* codes;
+    const u32* scales;
+    int first, gates;
+    Int4Weight up[UP_DEPTH], gate[UP_DEPTH];
+
+    DEVICE void ask(int step) {
+        if (!Up::has(step)) return;
+        up[step % UP_DEPTH].load(codes, scales, first * Up::GROUPS + Up::group(step));
+        gate[step % UP_DEPTH].load(codes, scales, (first + gates) * Up::GROUPS + Up::group(step));
     }
+    DEVICE void ask() {
 #pragma unroll
-    for (int r = 0; r < TILES; ++r) store_partial(partials[warp_id()] + r * COLUMNS * PARTIAL_COLUMN, sum[r], COLUMNS);
-    __syncthreads();
-#pragma unroll
-    for (int index = threadIdx.x; index < OUTPUTS; index += 32 * UP_WARPS) {
-        const int r = index / (COLUMNS * TILE_ROWS), column = index / TILE_ROWS % COLUMNS;
-        const int output = (tile0 + r) * TILE_ROWS + (index & 15);
-        if (!(entry.rows >> column & 1)) continue;
-        const float* at = partials[0] + (r * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
-        const float up = sum_partials<UP_WARPS>(at, TILES * COLUMNS * PARTIAL_COLUMN);
-        const float gate = sum_partials<UP_WARPS>(at + UP_TILES * COLUMNS * PARTIAL_COLUMN, TILES * COLUMNS * PARTIAL_COLUMN);
-        float y = up * silu(gate);
-        if (next_scale) y *= half_to_float(next_scale[output]);
-        const int slot = entry.slots >> (4 * column) & 15;
-        hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+        for (int step = 0; step < UP_DEPTH; ++step) ask(step);
     }
+
+    // x: this warp's slice of the activations. `store(column, output, y)` gets the block's gated outputs.
+    template <class Store>
+    DEVICE void multiply(const u16* x, bool present, float (*partials)[2 * COLUMNS * PARTIAL_COLUMN], Store store) {
+        float sum[2][4] = {};
+#pragma unroll
+        for (int step = 0; step < Up::STEPS; ++step) {
+            if (Up::has(step)) {
+                const Activation now = load_activation(x, Up::STRIDE, step, present);
+                up[step % UP_DEPTH].multiply(sum[0], now);
+                gate[step % UP_DEPTH].multiply(sum[1], now);
+            }
+            if (step + UP_DEPTH < Up::STEPS) ask(step + UP_DEPTH);
+        }
+        store_partial(partials[warp_id()], sum[0], COLUMNS);
+        store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
+        __syncthreads();
+        const int column = threadIdx.x >> 4, output = threadIdx.x & 15;  // 128 threads
+        const float* at = partials[0] + column * PARTIAL_COLUMN + output;
+        const float gated = silu(sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN));
+        store(column, output, sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN) * gated);
+    }
+};
+
+// What the shared expert's first half reads and writes; codes null: it is done elsewhere.
+struct SharedUp {
+    const float *residual, *square_sums;
+    const u16* norm;
+    float eps;
+    const u16* pre_quant_scale;
+    const uint4* codes;
+    const u32* scales;
+    const u16* next_scale;
+    u16* out;
+};
+
+// The residual stream is of the launch before the last: the shared expert waits for nobody.
+DEVICE void shared_up(const SharedUp& a, u16* x, float (*partials)[2 * COLUMNS * PARTIAL_COLUMN], int row0, int rows) {
+    const int tile = blockIdx.y * EXPERT_TILES + blockIdx.x;
+    UpTiles tiles = {a.codes, a.scales, tile, SHARED / TILE_ROWS};
+    tiles.ask();
+    normalise_rows<HIDDEN, UP_WARPS, SHARED_SCALED != 0>(x, a.residual + size_t(row0) * HIDDEN, a.square_sums + row0 * (HIDDEN / 16),
+                                                         a.norm, a.pre_quant_scale, rows, a.eps);
+    __syncwarp();
+    tiles.multiply(x, (lane_id() >> 2) < rows, partials, [&](int column, int at, float y) {
+        if (column >= rows) return;
+        const int output = tile * TILE_ROWS + at;
+        if (a.next_scale) y *= half_to_float(a.next_scale[output]);
+        a.out[size_t(row0 + column) * SHARED + output] = float_to_half(y);
+    });
 }
 
-// Block (tile, entry, tile of rows). hidden half [rows, TOP_K, WIDTH].
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
+// Block (tile, entry, tile of rows): 16 of an expert's outputs; entries 0 .. shared_parts - 1 are the shared expert's.
+// hidden half [rows, TOP_K, WIDTH]. Dynamic shared memory: the rows' activations, a slice a warp.
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
     experts_up(const u16* inputs, const float* logits, const float* bias, const uint4* codes, const u32* scales,
-               const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
+               const u16* next_scale, u16* hidden, const float* residual, const float* square_sums, const u16* norm, float eps,
+               const u16* shared_scale, const uint4* shared_codes, const u32* shared_scales, const u16* shared_next, u16* shared_out,
+               int shared_parts, int all_rows, TurnCounters* turns, int index, int before) {
+    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
     __shared__ Chosen<UP_WARPS> work;
+    extern __shared__ uint4 shared[];
     const Turn turn = {turns, index, before};
-    const int at = blockIdx.y, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
-    logits += row0 * EXPERTS;
+    const int row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0), at = int(blockIdx.y) - shared_parts;
+    u16* x = reinterpret_cast<u16*>(shared) + warp_id() * smaller(COLUMNS, all_rows) * Up::STRIDE;
+    if (at < 0) {
+        shared_up({residual, square_sums, norm, eps, shared_scale, shared_codes, shared_scales, shared_next, shared_out}, x, partials,
+                  row0, rows);
+        await_turn(turn);
+        finish_turn(turn);
+        return;
+    }
     await_turn(turn);
+    inputs += size_t(row0) * HIDDEN;
+    for (int index = lane_id(); index < rows * Up::STEPS * 8; index += 32) {
+        const int row = index / (Up::STEPS * 8), step = index / 8 % Up::STEPS, piece = index % 8 * 8;
+        if (Up::has(step))
+            copy_async(x + row * Up::STRIDE + step * TILE_INPUTS + piece,
+                       inputs + size_t(row) * HIDDEN + Up::group(step) * TILE_INPUTS + piece);
+    }
+    copy_commit();
+    logits += row0 * EXPERTS;
     Entry entry = {0, 1, u32(at)};
     int count = TOP_K;
     if (all_rows == 1) {
@@ -235,16 +194,24 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
         count = work.list(logits, bias, rows);
         entry = work.entries[smaller(at, MOST_ENTRIES - 1)];
     }
-    if (at < count)
-        expert_up(entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
+    if (at < count) {
+        UpTiles tiles = {codes, scales, entry.expert * 2 * EXPERT_TILES + int(blockIdx.x), EXPERT_TILES};
+        tiles.ask();
+        copy_wait<0>();
+        __syncwarp();
+        tiles.multiply(x, entry.rows >> (lane_id() >> 2) & 1, partials, [&](int column, int at, float y) {
+            if (!(entry.rows >> column & 1)) return;
+            const int output = blockIdx.x * TILE_ROWS + at, slot = entry.slots >> (4 * column) & 15;
+            if (next_scale) y *= half_to_float(next_scale[output]);
+            hidden[(size_t(row0 + column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+        });
+    }
+    copy_wait<0>();
     finish_turn(turn);
 }
 
 constexpr int DOWN_WARPS = 8;
 constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, DOWN_TILES = HIDDEN / TILE_ROWS;
-constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
-static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
-
 // Where a unit's tiles of weights start: part `unit` of the shared expert, or expert `expert`.
 struct DownTiles {
     const uint4* codes;
@@ -288,6 +255,12 @@ DEVICE void add_units(float* residual, float* square_sums, float before, const f
 DEVICE float residual_before(const float* residual, int row0, int rows) {
     const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
     return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
+}
+
+// What a row that takes no part gives is never used, so it is any row that is there.
+DEVICE Activation load_direct(const u16* row, int group) {
+    const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
+    return Activation{at[0], at[1]};
 }
 
 // The whole of K in one warp, in order: nothing decides a result but its own row.

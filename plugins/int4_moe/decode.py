@@ -9,12 +9,12 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
-from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
 _ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
-_ROUTER_EXPERTS, _INPUT_VALUES = 4, 256
+_ROUTER_EXPERTS, _INPUT_VALUES = 2, 256
 
 
 @dataclass(frozen=True)
@@ -108,39 +108,48 @@ def moe_decode(
     turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
     """
     route(residual, norm, weights, workspace, rows, turns)
-    experts_up(weights, workspace, rows, turns)
+    experts_up(weights, workspace, rows, turns, (residual, norm))
     experts_down(residual, norm.square_sums, weights, workspace, rows, turns)
 
 
 def route(
     residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
 ) -> None:
-    """The router's product, the experts' inputs, and the shared expert up to its gated product."""
+    """The router's product, and the experts' inputs."""
     check_rows(rows)
     experts, hidden = weights.router.shape
-    shared_tiles = weights.shared_width // 16
-    blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + shared_tiles
-    grid = (blocks, -(-rows // COLUMNS))
-    fc, proj = weights.shared_fc, weights.shared_proj
-    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
+    grid = (-(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES), -(-rows // COLUMNS))
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
-        residual, norm.square_sums, norm.weight, norm.eps, weights.router,
-        weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
-        None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
-        None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
+        residual, norm.square_sums, norm.weight, norm.eps, weights.router, weights.fc.pre_quant_scale, workspace.logits,
+        workspace.inputs, rows,
     )  # fmt: skip
 
 
-def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None) -> None:
-    """Choose the experts, and run the chosen ones up to their gated products."""
+def experts_up(
+    weights: MoEWeights,
+    workspace: MoEWorkspace,
+    rows: int,
+    turns: Turns | None = None,
+    stream: tuple[Tensor, Norm] | None = None,
+) -> None:
+    """Choose the experts, and run them up to their gated products; with `stream` the shared expert, too.
+
+    stream: the residual stream float32 [rows, hidden] and its norm; without it somebody else fills workspace.shared.
+    """
     check_rows(rows)
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
+    fc, proj = weights.shared_fc, weights.shared_proj
+    residual, norm = (None, None) if stream is None else stream
+    parts = 0 if stream is None else weights.shared_width // weights.width
     launch_in_turn(
-        turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, entries, -(-rows // COLUMNS)),
+        turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, parts + entries, -(-rows // COLUMNS)),
         32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, rows,
+        weights.proj.pre_quant_scale, workspace.hidden, residual, None if norm is None else norm.square_sums,
+        None if norm is None else norm.weight, 0.0 if norm is None else norm.eps, None if fc is None else fc.pre_quant_scale,
+        None if fc is None else fc.codes, None if fc is None else fc.scales, None if proj is None else proj.pre_quant_scale,
+        workspace.shared, parts, rows, shared=up_bytes(weights.router.shape[1], rows),
     )  # fmt: skip
 
 
@@ -166,6 +175,12 @@ def experts_down(
         launch_in_turn(turns, launch, grid, block, *arguments, shared=down_shared_bytes(weights.width))
     else:
         launch_in_turn(turns, kernel(SOURCE, "experts_down", weights.macros), grid, block, *arguments, rows)
+
+
+def up_bytes(hidden: int, rows: int) -> int:
+    """Dynamic shared memory of a block of `experts_up`: of each warp its slice of the rows' activations."""
+    steps = -(-(hidden // 64) // _UP_WARPS)
+    return _UP_WARPS * min(rows, COLUMNS) * (steps * 64 + 8) * 2
 
 
 def down_shared_bytes(width: int) -> int:

@@ -133,6 +133,7 @@ constexpr int CHUNK = 32;  // positions
 constexpr int ATTEND_WARPS = 16, ATTEND_THREADS = 32 * ATTEND_WARPS;
 constexpr int KEY_STRIDE = KEY + ROW_PAD;  // an odd number of 16 bytes: reads of 8 rows meet no bank twice
 constexpr int SCORE_PARTS = 4, KEY_STEPS = KEY / 16, PART_STEPS = (KEY_STEPS + SCORE_PARTS - 1) / SCORE_PARTS;
+constexpr bool EVEN_PARTS = KEY_STEPS % SCORE_PARTS == 0;
 constexpr int SCORE_STRIDE = CHUNK + 4, WEIGHT_STRIDE = CHUNK + ROW_PAD;
 constexpr int SCORE_TILES = CHUNK / 8;
 static_assert(ATTEND_WARPS == SCORE_PARTS * SCORE_TILES, "four warps share the inputs of a tile of scores");
@@ -191,15 +192,20 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
     {
         const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
         float score[4] = {0.f, 0.f, 0.f, 0.f};
+        // Loads do not pass products, so they come first, a few steps at a time.
+        constexpr int AT_ONCE = PART_STEPS % 3 == 0 ? 3 : PART_STEPS % 2 == 0 ? 2 : 1;
+        const u16 *queries = mine + part * PART_STEPS * 16, *chunk = keys + tile * 8 * KEY_STRIDE + part * PART_STEPS * 16;
 #pragma unroll
-        for (int i = 0; i < PART_STEPS; ++i) {
-            const int step = part * PART_STEPS + i;
-            if (step < KEY_STEPS) {
-                u32 a[4], b0, b1;
-                load_a(a, mine + step * 16, KEY_STRIDE);
-                load_b(b0, b1, keys + tile * 8 * KEY_STRIDE + step * 16, KEY_STRIDE);
-                mma_16x8x16(score, a, b0, b1);
+        for (int from = 0; from < PART_STEPS; from += AT_ONCE) {
+            u32 a[AT_ONCE][4], b[AT_ONCE][2];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                load_a(a[i], queries + (from + i) * 16, KEY_STRIDE);
+                load_b(b[i][0], b[i][1], chunk + (from + i) * 16, KEY_STRIDE);
             }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (EVEN_PARTS || part * PART_STEPS + from + i < KEY_STEPS) mma_16x8x16(score, a[i], b[i][0], b[i][1]);
         }
         float* at = scores + part * 16 * SCORE_STRIDE + tile * 8 + 2 * t;
         at[g * SCORE_STRIDE] = score[0];
@@ -232,14 +238,20 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
         if (head0 + head < HEADS)
             *reinterpret_cast<u32*>(out + size_t(head) * RANK + column) = floats_to_halves(x / CHUNK, y / CHUNK);
     };
-#pragma unroll 4
-    for (int tile = warp_id(); tile < RANK / 8; tile += ATTEND_WARPS) {
-        u32 b[4];
-        load_b_transposed(b, keys + tile * 8, KEY_STRIDE);
+    constexpr int TILES = (RANK / 8 + ATTEND_WARPS - 1) / ATTEND_WARPS;
+    u32 b[TILES][4];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const int tile = warp_id() + i * ATTEND_WARPS;
+        if (RANK / 8 % ATTEND_WARPS == 0 || tile < RANK / 8) load_b_transposed(b[i], keys + tile * 8, KEY_STRIDE);
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        const int tile = warp_id() + i * ATTEND_WARPS, column = tile * 8 + 2 * t;
+        if (RANK / 8 % ATTEND_WARPS && tile >= RANK / 8) continue;
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        mma_16x8x16(sum, a[0], b[0], b[1]);
-        mma_16x8x16(sum, a[1], b[2], b[3]);
-        const int column = tile * 8 + 2 * t;
+        mma_16x8x16(sum, a[0], b[i][0], b[i][1]);
+        mma_16x8x16(sum, a[1], b[i][2], b[i][3]);
         store(g, column, sum[0], sum[1]);
         store(g + 8, column, sum[2], sum[3]);
     }
@@ -254,7 +266,6 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
     if (blockIdx.x >= room) {
-        start_turn(turn);
         if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
         return;
     }
@@ -294,13 +305,12 @@ constexpr int MOST_CHUNKS = 128;
 using Mixed = Slice<RANK, COMBINE_WARPS>;
 
 // Block (head, part of its values), row. values half tiles [HEADS, VALUE / 16, RANK / 64]; out half [rows, HEADS * VALUE].
-// `room`: chunks that the step's span has.
 extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 : 2)
-    combine(const u16* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks, int room,
+    combine(const u16* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks,
             TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     __shared__ __align__(16) u16 mixed[COMBINE_WARPS][Mixed::STRIDE];
-    __shared__ float partials[COMBINE_WARPS][COMBINE_TILES * TILE_ROWS];
+    __shared__ float partials[COMBINE_WARPS][COMBINE_TILES * TILE_ROWS], merging[COMBINE_WARPS][MOST_CHUNKS];
     const int head = blockIdx.x / COMBINE_PARTS, tile0 = blockIdx.x % COMBINE_PARTS * COMBINE_TILES, row = blockIdx.y;
     const int count = (*cursor + row) / CHUNK + 1;
     // Weights of few tiles are asked for at once; many would leave no registers to the merging of another block beside.
@@ -321,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 
     for (int step = 0; step < Mixed::STEPS; ++step) {
         if (!Mixed::has(step)) continue;
         const Merged mean = merge_chunks<MOST_CHUNKS>(
-            shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, room);
+            shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, merging[warp_id()]);
         if (lane_id() < 8) *reinterpret_cast<uint4*>(mixed[warp_id()] + step * TILE_INPUTS + 8 * lane_id()) = merged_halves(mean);
         if (!EARLY) load(step);
         __syncwarp();

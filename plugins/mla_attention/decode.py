@@ -146,7 +146,7 @@ def mla_decode(
     launch_in_turn(
         turns, kernel(SOURCE, "combine", macros), (w.heads * (w.value // 16 // combine_tiles), rows),
         32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out,
-        chunks, room,
+        chunks,
     )  # fmt: skip
 
 

@@ -37,69 +37,61 @@ struct Merged {
     float value[8];
 };
 
+// Loads that the compiler leaves where they stand: what is asked for first stays first.
+DEVICE uint4 load_now(const u16* address) {
+    uint4 out;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "l"(address));
+    return out;
+}
+
 // One warp: the outputs of a row and head [chunks][stride] put together, eight values a lane of each quarter warp; the quarters take
-// turns with the chunks, and all get the result. `shares` [chunks][share_stride]. `chunks` of them count, but `room` are there
-// to be read: loads need not wait for the count.
+// turns with the chunks, and all get the result. `shares` [chunks][share_stride]; `weights`: room for MOST floats of this warp's.
 template <int MOST>
-DEVICE Merged merge_chunks(const Share* shares, int share_stride, const u16* outputs, int stride, int chunks, int room) {
-    constexpr int HELD = MOST / 32, BATCH = 8;  // a batch is 32 chunks
+DEVICE Merged merge_chunks(const Share* shares, int share_stride, const u16* outputs, int stride, int chunks, float* weights) {
+    constexpr int HELD = MOST / 32, BATCH = 16;  // a batch is 64 chunks
     const int lane = lane_id(), quarter = lane >> 3;
+    uint4 value[BATCH];
+    // Past the last chunk it is that one again, with no weight.
+    auto load = [&](int first) {
+#pragma unroll
+        for (int c = 0; c < BATCH; ++c)
+            value[c] = load_now(outputs + size_t(smaller(first + 4 * c + quarter, chunks - 1)) * stride + 8 * (lane & 7));
+    };
     Share share[HELD];
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-        share[i] = Share{MINUS_INFINITY, 0.f};
-        const int chunk = i * 32 + lane;
-        if (chunk < room) share[i] = shares[chunk * share_stride];
-    }
-    uint4 value[2][BATCH];
-    auto load = [&](int batch) {
-#pragma unroll
-        for (int c = 0; c < BATCH; ++c) {
-            const int chunk = 4 * (batch * BATCH + c) + quarter;
-            value[batch & 1][c] = uint4{0, 0, 0, 0};
-            if (chunk < room)
-                value[batch & 1][c] = *reinterpret_cast<const uint4*>(outputs + size_t(chunk) * stride + 8 * (lane & 7));
-        }
-    };
+    for (int i = 0; i < HELD; ++i) share[i] = shares[smaller(i * 32 + lane, chunks - 1) * share_stride];
     load(0);
-    if (HELD > 1) load(1);
-    float peak = MINUS_INFINITY, sum = 0.f, weight[HELD];
+    float peak = MINUS_INFINITY, sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < HELD; ++i)
-        if (i * 32 + lane < chunks) peak = fmaxf(peak, share[i].peak);
+    for (int i = 0; i < HELD; ++i) peak = fmaxf(peak, share[i].peak);
     peak = warp_max(peak);
 #pragma unroll
     for (int i = 0; i < HELD; ++i) {
-        const bool counts = i * 32 + lane < chunks;
-        weight[i] = counts ? exp2f(share[i].peak - peak) : 0.f;
-        sum += counts ? weight[i] * share[i].mean : 0.f;
+        const float weight = i * 32 + lane < chunks ? exp2f(share[i].peak - peak) : 0.f;
+        weights[i * 32 + lane] = weight;
+        sum += weight * share[i].mean;
     }
     sum = warp_sum(sum);
+    __syncwarp();
     Merged out = {};
-#pragma unroll
-    for (int batch = 0; batch < HELD; ++batch) {
-        if (batch * 32 >= chunks) break;
+#pragma unroll 1
+    for (int first = 0; first < chunks; first += 4 * BATCH) {
+        if (first) load(first);
 #pragma unroll
         for (int c = 0; c < BATCH; ++c) {
-            const int chunk = 4 * (batch * BATCH + c) + quarter;
-            const float w = __shfl_sync(EVERY_LANE, weight[batch], chunk & 31);
-            // What was read past the count may be anything.
-            if (chunk < chunks) {
-                const uint4 v = value[batch & 1][c];
-                const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+            const float w = weights[first + 4 * c + quarter];
+            const u32 pairs[4] = {value[c].x, value[c].y, value[c].z, value[c].w};
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    out.value[2 * i] += w * low_half(pairs[i]), out.value[2 * i + 1] += w * high_half(pairs[i]);
-            }
+            for (int i = 0; i < 4; ++i)
+                out.value[2 * i] += w * low_half(pairs[i]), out.value[2 * i + 1] += w * high_half(pairs[i]);
         }
-        if (batch + 2 < HELD) load(batch + 2);
     }
     const float scale = 1.f / sum;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        out.value[i] += __shfl_xor_sync(EVERY_LANE, out.value[i], 8);
-        out.value[i] = (out.value[i] + __shfl_xor_sync(EVERY_LANE, out.value[i], 16)) * scale;
-    }
+    for (int i = 0; i < 8; ++i) out.value[i] += __shfl_xor_sync(EVERY_LANE, out.value[i], 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.value[i] = (out.value[i] + __shfl_xor_sync(EVERY_LANE, out.value[i], 16)) * scale;
+    __syncwarp();  // the weights may be overwritten
     return out;
 }
 

@@ -105,7 +105,7 @@ DEVICE void fetch_ahead(const u64* pieces, int count, int part, int parts) {
 // Every column of C depends on its own column of B only, and always in the same order: that is what makes a row's
 // result independent of its neighbours.
 DEVICE void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
