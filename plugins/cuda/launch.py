@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.cuda.compiler import cubin
+from trtvlm.plugins.cuda.occupancy import Use
 
 Defines = tuple[tuple[str, int | float], ...]
 
@@ -30,6 +31,8 @@ class Kernel:
         self._module = ObjectCode.from_cubin(cubin(path, macros, arch))
         self._kernel = self._module.get_kernel(name)
         self._shared = 0
+        self._registers = _attribute(self._kernel, "NUM_REGS")
+        self._static = _attribute(self._kernel, "SHARED_SIZE_BYTES")
         # One division of L1 for all: a multiprocessor changes it only when it is idle, so kernels that differ cannot overlap.
         _set_attribute(self._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
 
@@ -50,6 +53,10 @@ class Kernel:
         config = LaunchConfig(grid=grid, block=block, shmem_size=shared)
         launch(_stream(torch.cuda.current_stream().cuda_stream), config, self._kernel, *map(_argument, arguments))
 
+    def use(self, block: int, shared: int = 0) -> Use:
+        """What a block of `block` threads and `shared` bytes of dynamic shared memory takes of a multiprocessor."""
+        return Use.of(self._registers, block, self._static + shared)
+
 
 class Launch(Protocol):
     """What can be called as a `Kernel` can."""
@@ -61,6 +68,9 @@ class Launch(Protocol):
         *arguments: Tensor | int | float | None,
         shared: int = 0,
     ) -> None: ...
+
+    def use(self, block: int, shared: int = 0) -> Use:
+        """What a block takes of a multiprocessor."""
 
 
 def kernel(path: str, name: str, macros: Defines = (), device: int | None = None) -> Launch:
@@ -97,11 +107,28 @@ def _stream(handle: int) -> Any:
     return Stream.from_handle(handle)
 
 
+def _attribute(kernel: Any, name: str) -> int:
+    from cuda.bindings import driver
+
+    status, value = driver.cuKernelGetAttribute(*_places(kernel, name))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{name} of a kernel is not known: {status}")
+    return int(value)
+
+
 def _set_attribute(kernel: Any, name: str, value: int) -> None:
+    from cuda.bindings import driver
+
+    attribute, handle, device = _places(kernel, name)
+    (status,) = driver.cuKernelSetAttribute(attribute, value, handle, device)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{name} {value} of a kernel was refused: {status}")
+
+
+def _places(kernel: Any, name: str) -> tuple[Any, Any, Any]:
+    """An attribute, the kernel's handle and its device, as the driver wants them."""
     from cuda.bindings import driver
 
     attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
     handle = driver.CUkernel(int(kernel.handle)) if hasattr(driver, "CUkernel") else kernel.handle
-    (status,) = driver.cuKernelSetAttribute(attribute, value, handle, driver.CUdevice(torch.cuda.current_device()))
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{name} {value} of a kernel was refused: {status}")
+    return attribute, handle, driver.CUdevice(torch.cuda.current_device())

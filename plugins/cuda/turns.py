@@ -7,60 +7,137 @@
 Otherwise a kernel would be started, and would ask memory for its weights, only when the one before had ended: a microsecond
 or two in which nothing moves. (Programmatic dependent launch does this too, from SM 9.0 on.)
 
-Launches alternate between two streams, so that launch n starts when n - 2 has ended; counters in memory tell it when n - 1 has
-(include/turns.cuh). Both streams must run at once, which only a captured graph is trusted with: a debugger or sanitizer that
-runs one launch at a time would wait for ever.
+Launches are put into two queues. Launch n starts when n - 2 has ended; counters in memory tell it when n - 1 has
+(include/turns.cuh). So no more than two launches are there at once, and only blocks of the later one wait.
+
+They could take all the room of a device, and wait for blocks that find none. Therefore launch n overlaps n - 1 only if all of
+its blocks find room at once, and some multiprocessor then has room for a block of n - 1 besides, wherever the hardware has put
+them (`occupancy.Device.leaves_room`); otherwise it follows n - 1 in the same queue. Blocks of n - 1 wait for nothing any more,
+so that they end one after the other, even if those of n came first. They may: both launches can be waiting for the end of the
+same one. (All blocks of n, because a launch's blocks are given out only after all of a launch that came before: Amert et al.,
+GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, which `Kernel` asks
+for; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy calculators do, that
+what is free of a multiprocessor can be given to one block.
+
+Both queues must run at once, or else launches one by one in the order of launching, as under tools that let no two kernels
+run together: all that is waited for is there then, since no launch waits for a later one. CUDA graphs do so in practice. Only
+launches that are captured take turns; others come too slowly from the host to overlap.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from trtvlm.plugins.cuda.launch import Launch, kernel
+from trtvlm.plugins.cuda.launch import Launch
+from trtvlm.plugins.cuda.occupancy import Device, Use
+from trtvlm.plugins.cuda.occupancy import device as device_of
 
-SOURCE = "cuda/gate.cu"
-WORDS = 16
+WORDS = 8
 """int32 of a launch's counters: `TurnCounters` of turns.cuh."""
 
 
-class Turns:
-    """The turns of a step of at most `launches` launches; counters int32 [launches, WORDS]."""
+class Queues(Protocol):
+    """Two queues, 0 and 1. What is launched into one runs in order."""
 
-    def __init__(self, launches: int, device: torch.device | str) -> None:
-        self.counters = torch.zeros(launches, WORDS, dtype=torch.int32, device=device)
+    def begin(self) -> None:
+        """Queue 0 is the one that launches went to until now; queue 1 goes on from there."""
+
+    def into(self, queue: int) -> AbstractContextManager[object]:
+        """What is launched within goes to this queue."""
+
+    def mark(self, queue: int) -> Any:
+        """The end of what is in the queue by now."""
+
+    def follow(self, queue: int, mark: Any) -> None:
+        """What comes into the queue next starts after the mark."""
+
+
+class Streams:
+    """Queues of a CUDA device; can be captured."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
         self._streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
-        self._index, self._before = 0, 0
+
+    def begin(self) -> None:
+        """As in `Queues`."""
+        self._streams[0] = torch.cuda.current_stream(self._device)
+        self._streams[1].wait_stream(self._streams[0])
+
+    def into(self, queue: int) -> AbstractContextManager[object]:
+        """As in `Queues`."""
+        stream: AbstractContextManager[object] = torch.cuda.stream(self._streams[queue])
+        return stream
+
+    def mark(self, queue: int) -> torch.cuda.Event:
+        """As in `Queues`."""
+        event: torch.cuda.Event = self._streams[queue].record_event()
+        return event
+
+    def follow(self, queue: int, mark: torch.cuda.Event) -> None:
+        """As in `Queues`."""
+        self._streams[queue].wait_event(mark)
+
+
+class Turns:
+    """The turns of a step of at most `launches` launches; counters int32 [launches, WORDS].
+
+    taken, overlapped: launches since `begin`, and how many of them started before the one ahead had ended.
+    queues, room: instead of those of the CUDA device `device`.
+    """
+
+    def __init__(
+        self, launches: int, device: torch.device | str, queues: Queues | None = None, room: Device | None = None
+    ) -> None:
+        self.counters = torch.zeros(launches, WORDS, dtype=torch.int32, device=device)
+        self._queues = queues or Streams(device)
+        self._room = room or device_of(self.counters.device.index)
+        self.taken, self.overlapped = 0, 0
+        self._queue = 0
+        self._ahead: Use | None = None
+        self._finishing = 0
+        self._ended: Any = None
 
     def begin(self) -> None:
         """From here on launches take turns. The current stream's last launch has zeroed the counters."""
-        self._streams[0] = torch.cuda.current_stream(self.counters.device)
-        self._streams[1].wait_stream(self._streams[0])
-        self._index, self._before = 0, 0
+        self._queues.begin()
+        self.taken, self.overlapped = 0, 0
+        self._queue = 0
+        self._ahead, self._ended = None, None
 
     @contextmanager
-    def next(self, finishing: int) -> Iterator[tuple[Tensor, int, int]]:
-        """The next launch's stream is the current one within, and these are the kernel's last arguments.
+    def next(self, blocks: int, use: Use, finishing: int) -> Iterator[tuple[Tensor, int, int]]:
+        """The next launch goes to its queue if it is made within, and these are the kernel's last arguments.
 
-        finishing: blocks of it that call finish_turn.
+        finishing: of its blocks, those that call finish_turn. ValueError: there are no counters left.
         """
-        index, before = self._index, self._before
+        index = self.taken
         if index >= len(self.counters):
             raise ValueError(f"a step of more than {len(self.counters)} launches")
-        self._index, self._before = index + 1, finishing
-        with torch.cuda.stream(self._streams[index % 2]):
-            if index == 1:
-                # The first two become ready together: the second must not take the first one's room.
-                kernel(SOURCE, "gate")((1,), 32, self.counters, 0)
+        overlaps = self._ahead is not None and self._room.leaves_room(blocks, use, self._ahead)
+        if overlaps:
+            self._queue = 1 - self._queue
+            if self._ended is not None:
+                self._queues.follow(self._queue, self._ended)
+            self._ended = None
+        else:
+            # The next launch may go to the other queue, but not before the one ahead of this has ended.
+            self._ended = self._queues.mark(self._queue) if index else None
+        before = self._finishing if overlaps else 0
+        self.taken, self.overlapped = index + 1, self.overlapped + overlaps
+        self._ahead, self._finishing = use, finishing
+        with self._queues.into(self._queue):
             yield self.counters, index, before
 
     def end(self) -> None:
         """What is launched from here on follows all of them."""
-        self._streams[0].wait_stream(self._streams[1])
+        self._queues.follow(0, self._queues.mark(1))
 
 
 def launch_in_turn(
@@ -79,5 +156,6 @@ def launch_in_turn(
     if turns is None:
         launch(grid, block, *arguments, None, 0, 0, shared=shared)
         return
-    with turns.next(math.prod(grid) if finishing is None else finishing) as turn:
+    blocks = math.prod(grid)
+    with turns.next(blocks, launch.use(block, shared), blocks if finishing is None else finishing) as turn:
         launch(grid, block, *arguments, *turn, shared=shared)

@@ -32,6 +32,7 @@ from torch import Tensor
 from trtvlm.plugins.cuda import launch
 from trtvlm.plugins.cuda.compiler import PLUGINS, cache_folder
 from trtvlm.plugins.cuda.emulation.translate import Edit, translate
+from trtvlm.plugins.cuda.occupancy import Use
 
 HERE = Path(__file__).parent
 ORDERS = ("forward", "reversed", "shuffled")
@@ -136,6 +137,10 @@ class EmulatedKernel:
             wrong = self._launch(*sizes, ctypes.c_uint(block), ctypes.c_int(shared), ctypes.byref(options), pointers)
             if wrong is not None:
                 raise EmulationError(f"{self.name}: {wrong.decode()}")
+
+    def use(self, block: int, shared: int = 0) -> Use:
+        """What a block takes; registers and static shared memory are not known here, and count for nothing."""
+        return Use.of(0, block, shared)
 
 
 @cache

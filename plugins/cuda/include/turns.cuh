@@ -1,14 +1,14 @@
-// Launches that overlap. The launches of a step take turns in two streams: launch n starts when n - 2 has ended, while n - 1
+// Launches that overlap. The launches of a step take turns in two queues: launch n starts when n - 2 has ended, while n - 1
 // still runs. It asks for its weights at once, and touches what n - 1 reads or writes only after `await_turn`; what n - 2 and
 // earlier ones wrote is there from the start. Every block that counts itself in `finish_turn` must have waited first, so that
 // whoever waits for it has waited for all before. Without counters (null) launches simply follow each other.
-// Host side: trtvlm.plugins.cuda.turns.
+// Host side, and why blocks that wait never keep out those they wait for: trtvlm.plugins.cuda.turns.
 #pragma once
 #include "common.cuh"
 
-// Of one launch: blocks that have finished, blocks that have started; and whether all have. In lines of their own.
+// Of one launch: blocks that have finished. In a sector of L2 of its own.
 struct TurnCounters {
-    u32 finished, pad[7], started, all_started, more[6];
+    u32 finished, pad[7];
 };
 
 // What a kernel is told: the counters of all launches of the step, which of them it is, and how many blocks of the launch before
@@ -28,18 +28,9 @@ DEVICE u32 load_acquire(const u32* counter) {
     return out;
 }
 
-// A thread counts its block among those that have started; all blocks must.
-DEVICE void start_turn(const Turn& turn) {
-    if (!turn.counters || threadIdx.x != 32) return;
-    TurnCounters& mine = turn.counters[turn.index];
-    const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
-    if (atomicAdd(&mine.started, 1u) == blocks - 1) add_release(&mine.all_started, 1);
-}
-
 // All threads: until the launch before has finished, and what it wrote can be read.
 DEVICE void await_turn(const Turn& turn) {
     if (!turn.counters) return;
-    start_turn(turn);
     if (threadIdx.x == 0 && turn.before) {
         const u32* finished = &turn.counters[turn.index - 1].finished;
         while (load_acquire(finished) < u32(turn.before)) {}
@@ -47,16 +38,11 @@ DEVICE void await_turn(const Turn& turn) {
     __syncthreads();
 }
 
-// All threads: what the block wrote can be read by whoever waits. The launch ends only once all blocks of the next have found
-// room, because its end starts the one after that, whose waiting blocks might else take all the room there is.
+// All threads: what the block wrote can be read by whoever waits. Not for the last launch of a step: nobody waits for it.
 DEVICE void finish_turn(const Turn& turn) {
     if (!turn.counters) return;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        add_release(&turn.counters[turn.index].finished, 1);
-        if (blockIdx.x + blockIdx.y + blockIdx.z == 0)
-            while (!load_acquire(&turn.counters[turn.index + 1].all_started)) {}
-    }
+    if (threadIdx.x == 0) add_release(&turn.counters[turn.index].finished, 1);
 }
 
 // Asks for a vector of halves, so that reading it after the wait finds it in L2. Up to 64 halves a thread of the block.
