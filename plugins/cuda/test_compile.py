@@ -78,6 +78,6 @@ def test_experts(model: str, arch: str) -> None:
         NORMALISE=int(config.norm_topk_prob), SCALING=float(config.routed_scaling_factor), BIASED=int(sigmoid),
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
-    shared = max(moe.up_bytes(config.hidden_size, ROWS), moe.down_shared_bytes(width))
-    threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 256}
+    shared = max(moe.up_bytes(config.hidden_size, ROWS), moe.down_bytes(width))
+    threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 512}
     check(moe.SOURCE, dict(macros), arch, threads, shared)

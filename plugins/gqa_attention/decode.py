@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import check_rows
@@ -48,15 +47,13 @@ def gqa_decode(
     workspace: GQAWorkspace,
     rows: int,
     span: int,
-    coming: Ahead = NOTHING,
     turns: Turns | None = None,
 ) -> None:
     """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
 
     qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables
-    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. coming: weights
-    that later launches read (`trtvlm.plugins.cuda.ahead`); turns: of the step, if its launches overlap. ValueError: more than
-    16 rows, more than 2 query heads a key head, or heads wider than 128.
+    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. turns: of the step,
+    if its launches overlap. ValueError: more than 16 rows, more than 2 query heads a key head, or heads wider than 128.
     """
     check_rows(rows)
     kv_heads, positions, width = key_cache.shape
@@ -70,12 +67,11 @@ def gqa_decode(
     chunks = workspace.chunks
     scale = width**-0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
-    extra = BLOCKS if coming.count else 0
     tiles = -(-rows // ROWS)
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room + extra, kv_heads, tiles), 32 * _WARPS, q, q.stride(0), k, v,
+        turns, kernel(SOURCE, "attend", macros), (room, kv_heads, tiles), 32 * _WARPS, q, q.stride(0), k, v,
         k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks,
-        rows, room, coming.pieces, coming.count, finishing=room * kv_heads * tiles,
+        rows,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
     launch_in_turn(

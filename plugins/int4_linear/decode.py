@@ -111,7 +111,7 @@ def macros(
     warps = 8 if groups <= 64 else 16
     count, halves = int4_tiles // pair, half_tiles // pair
     # With nothing to normalise a block is cheap, and small ones spread better.
-    block = max(1, min(3, count // 96)) if normalised and epilogue != _GATED else 1
+    block = max(1, min(4, count // 96)) if normalised and epilogue != _GATED else 1
     values = defines(
         IN_FEATURES=inputs, BLOCK_WARPS=warps, INT4_TILES=int4_tiles, HALF_TILES=half_tiles, INT4_BLOCK=block, HALF_BLOCK=1,
         NORMALISED=int(normalised), PRE_SCALED=int(scaled), EPILOGUE=epilogue,

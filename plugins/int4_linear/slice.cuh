@@ -111,10 +111,10 @@ DEVICE void normalise_slice(u16* to, const float* residual, const float* square_
     }
 }
 
-// The same with as many loads under way as the rows are worth.
-template <int INPUTS, int WARPS, bool SCALED>
+// The same with as many loads under way as the rows are worth, MOST at most.
+template <int INPUTS, int WARPS, bool SCALED, int MOST = 4>
 DEVICE void normalise_rows(u16* to, const float* residual, const float* square_sums, const u16* weight,
                            const u16* pre_quant_scale, int rows, float eps) {
     if (rows <= 2) normalise_slice<INPUTS, WARPS, SCALED, 1>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
-    else normalise_slice<INPUTS, WARPS, SCALED, 4>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
+    else normalise_slice<INPUTS, WARPS, SCALED, MOST>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
 }

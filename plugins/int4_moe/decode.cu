@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
 constexpr int UP_WARPS = 4;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
-constexpr int UP_DEPTH = smaller(Up::STEPS, 5);  // steps of weights under way
+constexpr int UP_DEPTH = smaller(Up::STEPS, 3);  // steps of weights under way
 
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
@@ -87,19 +87,22 @@ struct Chosen {
     }
 };
 
-// A warp's part of a tile of up weights and one of gate weights, `gates` tiles further on.
+// A warp's part of a tile of up weights and one of gate weights, GATES tiles further on.
+template <int GATES>
 struct UpTiles {
-    const uint4* codes;
+    const uint4* codes;  // this lane's, of the first group of this warp
     const u32* scales;
-    int first, gates;
     Int4Weight up[UP_DEPTH], gate[UP_DEPTH];
 
     DEVICE void ask(int step) {
         if (!Up::has(step)) return;
-        up[step % UP_DEPTH].load(codes, scales, first * Up::GROUPS + Up::group(step));
-        gate[step % UP_DEPTH].load(codes, scales, (first + gates) * Up::GROUPS + Up::group(step));
+        up[step % UP_DEPTH].load_further(codes, scales, step * UP_WARPS);
+        gate[step % UP_DEPTH].load_further(codes, scales, GATES * Up::GROUPS + step * UP_WARPS);
     }
-    DEVICE void ask() {
+    DEVICE void ask(const uint4* all_codes, const u32* all_scales, int tile) {
+        const size_t first = size_t(tile) * Up::GROUPS + warp_id();
+        codes = all_codes + first * 32 + lane_id();
+        scales = all_scales + first * 8 + (lane_id() >> 2);
 #pragma unroll
         for (int step = 0; step < UP_DEPTH; ++step) ask(step);
     }
@@ -142,9 +145,9 @@ struct SharedUp {
 // The residual stream is of the launch before the last: the shared expert waits for nobody.
 DEVICE void shared_up(const SharedUp& a, u16* x, float (*partials)[2 * COLUMNS * PARTIAL_COLUMN], int row0, int rows) {
     const int tile = blockIdx.y * EXPERT_TILES + blockIdx.x;
-    UpTiles tiles = {a.codes, a.scales, tile, SHARED / TILE_ROWS};
-    tiles.ask();
-    normalise_rows<HIDDEN, UP_WARPS, SHARED_SCALED != 0>(x, a.residual + size_t(row0) * HIDDEN, a.square_sums + row0 * (HIDDEN / 16),
+    UpTiles<SHARED / TILE_ROWS> tiles;
+    tiles.ask(a.codes, a.scales, tile);
+    normalise_rows<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(x, a.residual + size_t(row0) * HIDDEN, a.square_sums + row0 * (HIDDEN / 16),
                                                          a.norm, a.pre_quant_scale, rows, a.eps);
     __syncwarp();
     tiles.multiply(x, (lane_id() >> 2) < rows, partials, [&](int column, int at, float y) {
@@ -157,7 +160,7 @@ DEVICE void shared_up(const SharedUp& a, u16* x, float (*partials)[2 * COLUMNS *
 
 // Block (tile, entry, tile of rows): 16 of an expert's outputs; entries 0 .. shared_parts - 1 are the shared expert's.
 // hidden half [rows, TOP_K, WIDTH]. Dynamic shared memory: the rows' activations, a slice a warp.
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 6)
     experts_up(const u16* inputs, const float* logits, const float* bias, const uint4* codes, const u32* scales,
                const u16* next_scale, u16* hidden, const float* residual, const float* square_sums, const u16* norm, float eps,
                const u16* shared_scale, const uint4* shared_codes, const u32* shared_scales, const u16* shared_next, u16* shared_out,
@@ -195,8 +198,8 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
         entry = work.entries[smaller(at, MOST_ENTRIES - 1)];
     }
     if (at < count) {
-        UpTiles tiles = {codes, scales, entry.expert * 2 * EXPERT_TILES + int(blockIdx.x), EXPERT_TILES};
-        tiles.ask();
+        UpTiles<EXPERT_TILES> tiles;
+        tiles.ask(codes, scales, entry.expert * 2 * EXPERT_TILES + int(blockIdx.x));
         copy_wait<0>();
         __syncwarp();
         tiles.multiply(x, entry.rows >> (lane_id() >> 2) & 1, partials, [&](int column, int at, float y) {
@@ -212,33 +215,42 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 4)
 
 constexpr int DOWN_WARPS = 8;
 constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, DOWN_TILES = HIDDEN / TILE_ROWS;
+// The sum over K of a unit (an expert, or a part of the shared one) is that of its first groups, in order, and that of the others:
+// nothing decides a row's result but that row.
+constexpr int FIRST_GROUPS = (DOWN_GROUPS + 1) / 2;
+
 // Where a unit's tiles of weights start: part `unit` of the shared expert, or expert `expert`.
 struct DownTiles {
     const uint4* codes;
     const u32* scales;
-    int first;
 
     DEVICE static DownTiles of(int unit, int expert, const uint4* codes, const u32* scales, const uint4* shared_codes,
                                const u32* shared_scales) {
         const int tile = blockIdx.x;
-        if (unit < SHARED_PARTS)
-            return DownTiles{shared_codes, shared_scales, tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS};
-        return DownTiles{codes, scales, (expert * DOWN_TILES + tile) * DOWN_GROUPS};
+        const size_t first = unit < SHARED_PARTS ? tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS
+                                                 : (size_t(expert) * DOWN_TILES + tile) * DOWN_GROUPS;
+        return DownTiles{(unit < SHARED_PARTS ? shared_codes : codes) + first * 32, (unit < SHARED_PARTS ? shared_scales : scales) + first * 8};
     }
 };
 
-// What the end of a block adds to the residual stream: before[0] of this thread's row and output, and the units' sums.
-DEVICE void add_units(float* residual, float* square_sums, float before, const float (*weights)[TOP_K],
-                      const float (*routed)[TOP_K][TILE_ROWS], const float (*shared_sum)[COLUMNS][TILE_ROWS], int row0, int rows) {
-    constexpr int OUTPUTS = COLUMNS * TILE_ROWS;
-    if (threadIdx.x >= OUTPUTS) return;  // whole warps
-    const int row = threadIdx.x >> 4, tile = blockIdx.x, output = tile * TILE_ROWS + (threadIdx.x & 15);
+// What this thread's output of the residual stream was.
+DEVICE float residual_before(const float* residual, int row0, int rows) {
+    const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
+    return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
+}
+
+// The end of a block: `routed(row, slot, output)` and `shared(row, part, output)` to the residual stream, which was `before`.
+template <class Routed, class SharedSum>
+DEVICE void add_units(float* residual, float* square_sums, float before, const float (*weights)[TOP_K], int row0, int rows,
+                      Routed routed, SharedSum shared) {
+    if (threadIdx.x >= COLUMNS * TILE_ROWS) return;  // whole warps
+    const int row = threadIdx.x >> 4, at = threadIdx.x & 15, tile = blockIdx.x;
     float y = 0.f;
     if (row < rows) {
 #pragma unroll
-        for (int slot = 0; slot < TOP_K; ++slot) y += weights[row][slot] * routed[row][slot][threadIdx.x & 15];
+        for (int slot = 0; slot < TOP_K; ++slot) y += weights[row][slot] * routed(row, slot, at);
 #pragma unroll
-        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][row][threadIdx.x & 15];
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared(row, part, at);
         y += before;
     }
     float square = y * y;
@@ -246,15 +258,9 @@ DEVICE void add_units(float* residual, float* square_sums, float before, const f
 #pragma unroll
     for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
     if (row < rows) {
-        residual[size_t(row0 + row) * HIDDEN + output] = y;
-        if ((threadIdx.x & 15) == 0) square_sums[(row0 + row) * DOWN_TILES + tile] = square;
+        residual[size_t(row0 + row) * HIDDEN + tile * TILE_ROWS + at] = y;
+        if (at == 0) square_sums[(row0 + row) * DOWN_TILES + tile] = square;
     }
-}
-
-// What this thread's output of the residual stream was.
-DEVICE float residual_before(const float* residual, int row0, int rows) {
-    const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
-    return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
 }
 
 // What a row that takes no part gives is never used, so it is any row that is there.
@@ -263,23 +269,28 @@ DEVICE Activation load_direct(const u16* row, int group) {
     return Activation{at[0], at[1]};
 }
 
-// The whole of K in one warp, in order: nothing decides a result but its own row.
+// A unit, one warp.
 DEVICE void down_unit(float (&sum)[4], const DownTiles& at, const u16* row) {
-    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 10);
     Int4Weight weight[DEPTH];
     Activation x[DEPTH];
+    float rest[4] = {0.f, 0.f, 0.f, 0.f};
+    const uint4* codes = at.codes + lane_id();
+    const u32* scales = at.scales + (lane_id() >> 2);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) weight[step].load(at.codes, at.scales, at.first + step);
+    for (int step = 0; step < DEPTH; ++step) weight[step].load_further(codes, scales, step);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
 #pragma unroll
     for (int step = 0; step < DOWN_GROUPS; ++step) {
-        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
+        weight[step % DEPTH].multiply(step < FIRST_GROUPS ? sum : rest, x[step % DEPTH]);
         if (step + DEPTH < DOWN_GROUPS) {
-            weight[step % DEPTH].load(at.codes, at.scales, at.first + step + DEPTH);
+            weight[step % DEPTH].load_further(codes, scales, step + DEPTH);
             x[step % DEPTH] = load_direct(row, step + DEPTH);
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += rest[i];
 }
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: parts of the shared expert, then
@@ -296,6 +307,7 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
     const float was = residual_before(residual, row0, rows);
     logits += row0 * EXPERTS;
+    // The logits are of the launch before the last: the choice waits for nobody.
     const int units = SHARED_PARTS + work.list(logits, bias, rows);
     for (int row = warp_id(); row < rows; row += DOWN_WARPS) weigh_experts(logits + row * EXPERTS, work.chosen[row], weights[row]);
     await_turn(turn);
@@ -319,93 +331,97 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
         }
     }
     __syncthreads();
-    add_units(residual, square_sums, was, weights, routed, shared_sum, row0, rows);
+    add_units(
+        residual, square_sums, was, weights, row0, rows, [&](int row, int slot, int at) { return routed[row][slot][at]; },
+        [&](int row, int part, int at) { return shared_sum[part][row][at]; });
     finish_turn(turn);
 }
 
 // ---- experts_down of one row --------------------------------------------------------------------------------------
 
-// All of a unit's weights are asked for before the wait: the first groups wait in registers, the others in shared memory, each lane's
-// for itself.
-constexpr int HELD_GROUPS = smaller(DOWN_GROUPS, 7), LANDED_GROUPS = DOWN_GROUPS - HELD_GROUPS;
-constexpr int UNIT_BYTES = LANDED_GROUPS * (512 + 32) + WIDTH * 2;  // of shared memory a warp: codes, scales, inputs
+// Two warps a unit. All of their weights are asked for before the wait: the first groups wait in registers, the others in shared
+// memory, each lane's for itself.
+constexpr int ROW_WARPS = 16;
+constexpr int LANDED_GROUPS = smaller(FIRST_GROUPS, 8), HELD_GROUPS = FIRST_GROUPS - LANDED_GROUPS;
+constexpr int HALF_BYTES = LANDED_GROUPS * (512 + 32) + FIRST_GROUPS * TILE_INPUTS * 2;  // a warp: codes, scales, inputs
 
-struct LandedUnit {
-    Int4Weight held[HELD_GROUPS];
+// Half of a unit: `count` groups of FIRST_GROUPS.
+struct HalfUnit {
+    Int4Weight held[larger(1, HELD_GROUPS)];
+    int count;
 
-    DEVICE void ask(const DownTiles& at, uint4* landing) {
+    DEVICE void ask(const DownTiles& at, int first, uint4* landing) {
+        count = first ? DOWN_GROUPS - FIRST_GROUPS : FIRST_GROUPS;
 #pragma unroll
-        for (int step = 0; step < HELD_GROUPS; ++step) held[step].load(at.codes, at.scales, at.first + step);
-#pragma unroll
-        for (int i = 0; i < LANDED_GROUPS; ++i) {
-            const size_t tile = at.first + HELD_GROUPS + i;
-            copy_async(landing + i * 32 + lane_id(), at.codes + tile * 32 + lane_id());
-        }
-        const u32* landed_scales = at.scales + size_t(at.first + HELD_GROUPS) * 8;
-        for (int i = lane_id(); i < 2 * LANDED_GROUPS; i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, landed_scales + 4 * i);
+        for (int i = 0; i < LANDED_GROUPS; ++i)
+            if (i < count) copy_async(landing + i * 32 + lane_id(), at.codes + first * 32 + lane_id() + i * 32);
+        const u32* scales = at.scales + first * 8;
+        for (int i = lane_id(); i < 2 * smaller(count, LANDED_GROUPS); i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, scales + 4 * i);
         copy_commit();
+#pragma unroll
+        for (int i = 0; i < HELD_GROUPS; ++i)
+            if (LANDED_GROUPS + i < count)
+                held[i].load_further(at.codes + first * 32 + lane_id(), scales + (lane_id() >> 2), LANDED_GROUPS + i);
     }
 
-    // x: the row, in shared memory. In down_unit's order.
+    // x: the half of the row, in shared memory.
     DEVICE void multiply(float (&sum)[4], const uint4* landing, const u16* x) const {
         const bool present = lane_id() < 4;
         const u32* scales = reinterpret_cast<const u32*>(landing + LANDED_GROUPS * 32) + (lane_id() >> 2);
+#pragma unroll 4
+        for (int i = 0; i < LANDED_GROUPS; ++i)
+            if (i < count) int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], load_activation(x, 0, i, present));
 #pragma unroll
-        for (int step = 0; step < DOWN_GROUPS; ++step) {
-            const Activation now = load_activation(x, 0, step, present);
-            if (step < HELD_GROUPS) {
-                held[step].multiply(sum, now);
-            } else {
-                const int i = step - HELD_GROUPS;
-                int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], now);
-            }
-        }
+        for (int i = 0; i < HELD_GROUPS; ++i)
+            if (LANDED_GROUPS + i < count) held[i].multiply(sum, load_activation(x, 0, LANDED_GROUPS + i, present));
     }
 };
 
-// Block (tile): 16 values of the residual stream. A warp a unit.
-extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
+// Block (tile): 16 values of the residual stream.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
     experts_down_row(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
                      const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
                      TurnCounters* turns, int index, int before) {
-    __shared__ float routed[1][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS], weights[1][TOP_K];
-    __shared__ int chosen[DOWN_WARPS][TOP_K];
+    constexpr int UNITS = SHARED_PARTS + TOP_K;
+    __shared__ float sums[UNITS][2][TILE_ROWS], weights[1][TOP_K];
+    __shared__ int chosen[ROW_WARPS][TOP_K];
     extern __shared__ uint4 shared[];
-    uint4* landing = shared + warp_id() * (UNIT_BYTES / 16);
+    uint4* landing = shared + warp_id() * (HALF_BYTES / 16);
     u16* x = reinterpret_cast<u16*>(landing + LANDED_GROUPS * 34);
     const Turn turn = {turns, index, before};
-    constexpr int UNITS = SHARED_PARTS + TOP_K;
     const float was = residual_before(residual, 0, 1);
-    LandedUnit unit_weights;
+    const int half = warp_id() & 1, first = half ? FIRST_GROUPS : 0, mine = warp_id() >> 1;
+    HalfUnit part;
     // The logits are of the launch before the last: the choice waits for nobody, and every warp makes it for itself.
     auto ask = [&](int unit) {
         const int expert = unit < SHARED_PARTS ? 0 : chosen[warp_id()][unit - SHARED_PARTS];
-        unit_weights.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), landing);
+        part.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), first, landing);
     };
-    if (warp_id() < SHARED_PARTS) ask(warp_id());
     choose_experts(logits, bias, chosen[warp_id()], TOP_K);
     __syncwarp();
-    if (warp_id() >= SHARED_PARTS && warp_id() < UNITS) ask(warp_id());
+    if (mine < UNITS) ask(mine);
     if (warp_id() == 0) weigh_experts(logits, chosen[0], weights[0]);
     await_turn(turn);
 
-    for (int unit = warp_id(); unit < UNITS; unit += DOWN_WARPS) {
-        if (unit != warp_id()) ask(unit);
-        const u16* row = unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH;
-        for (int i = lane_id(); i < WIDTH / 8; i += 32) copy_async(x + i * 8, row + i * 8);
+    for (int unit = mine; unit < UNITS; unit += ROW_WARPS / 2) {
+        if (UNITS > ROW_WARPS / 2 && unit != mine) ask(unit);
+        const u16* row = (unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH) + first * TILE_INPUTS;
+        for (int i = lane_id(); i < part.count * (TILE_INPUTS / 8); i += 32) copy_async(x + i * 8, row + i * 8);
         copy_commit();
         copy_wait<0>();
         __syncwarp();
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        unit_weights.multiply(sum, landing, x);
+        part.multiply(sum, landing, x);
         __syncwarp();
         if ((lane_id() & 3) == 0) {  // column 0
-            float* to = unit < SHARED_PARTS ? shared_sum[unit][0] : routed[0][unit - SHARED_PARTS];
-            to[lane_id() >> 2] = sum[0];
-            to[(lane_id() >> 2) + 8] = sum[2];
+            sums[unit][half][lane_id() >> 2] = sum[0];
+            sums[unit][half][(lane_id() >> 2) + 8] = sum[2];
         }
     }
     __syncthreads();
-    add_units(residual, square_sums, was, weights, routed, shared_sum, 0, 1);
+    auto unit_sum = [&](int unit, int at) { return sums[unit][0][at] + sums[unit][1][at]; };
+    add_units(
+        residual, square_sums, was, weights, 0, 1, [&](int, int slot, int at) { return unit_sum(SHARED_PARTS + slot, at); },
+        [&](int, int part, int at) { return unit_sum(part, at); });
     finish_turn(turn);
 }

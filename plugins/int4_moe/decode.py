@@ -13,7 +13,7 @@ from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS, _ROW_WARPS = 8, 4, 8, 16
 _ROUTER_EXPERTS, _INPUT_VALUES = 2, 256
 
 
@@ -60,12 +60,6 @@ class MoEWeights:
     def shared_width(self) -> int:
         """Inner width of the shared expert; 0 if there is none."""
         return 0 if self.shared_proj is None else 64 * self.shared_proj.codes.shape[1]
-
-    @property
-    def coming(self) -> list[Tensor | None]:
-        """The weights that every token reads, in order."""
-        shared = [part for part in (self.shared_fc, self.shared_proj) if part is not None]
-        return [self.router, *(tensor for part in shared for tensor in (part.codes, part.scales))]
 
     @property
     def macros(self) -> Defines:
@@ -164,7 +158,7 @@ def experts_down(
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
     shared = weights.shared_proj
-    grid, block = (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS
+    grid = (residual.shape[1] // 16, -(-rows // COLUMNS))
     arguments = (
         workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
@@ -172,9 +166,10 @@ def experts_down(
     )  # fmt: skip
     if rows == 1:
         launch = kernel(SOURCE, "experts_down_row", weights.macros)
-        launch_in_turn(turns, launch, grid, block, *arguments, shared=down_shared_bytes(weights.width))
+        launch_in_turn(turns, launch, grid, 32 * _ROW_WARPS, *arguments, shared=down_bytes(weights.width))
     else:
-        launch_in_turn(turns, kernel(SOURCE, "experts_down", weights.macros), grid, block, *arguments, rows)
+        launch = kernel(SOURCE, "experts_down", weights.macros)
+        launch_in_turn(turns, launch, grid, 32 * _DOWN_WARPS, *arguments, rows)
 
 
 def up_bytes(hidden: int, rows: int) -> int:
@@ -183,7 +178,7 @@ def up_bytes(hidden: int, rows: int) -> int:
     return _UP_WARPS * min(rows, COLUMNS) * (steps * 64 + 8) * 2
 
 
-def down_shared_bytes(width: int) -> int:
-    """Shared memory of a block of `experts_down_row`: of each warp the groups that registers do not hold, and its inputs."""
-    groups = width // 64
-    return _DOWN_WARPS * ((512 + 32) * (groups - min(groups, 7)) + 2 * width)
+def down_bytes(width: int) -> int:
+    """Dynamic shared memory of a block of `experts_down_row`: of each warp its inputs, and weights."""
+    groups = -(-(width // 64) // 2)
+    return _ROW_WARPS * ((512 + 32) * min(groups, 8) + 128 * groups)

@@ -94,7 +94,7 @@ DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, i
         if (expert < EXPERTS) {
             // The softmax keeps the order, so it is left out.
             const float logit = logits[expert];
-            key[i] = sortable((SIGMOID ? 1.f / (1.f + expf(-logit)) : logit) + (BIASED ? bias[expert] : 0.f));
+            key[i] = sortable((SIGMOID ? sigmoid(logit) : logit) + (BIASED ? bias[expert] : 0.f));
         }
     }
     int expert = EXPERTS;
@@ -133,12 +133,12 @@ DEVICE void weigh_experts(const float* logits, const int* chosen, float* weights
     }
     const int slot = lane_id() < TOP_K ? lane_id() : 0;
     const float logit = logits[chosen[slot]];
-    float mine = SIGMOID ? 1.f / (1.f + expf(-logit)) : expf(logit - peak) / sum;
+    float mine = SIGMOID ? sigmoid(logit) : __fdividef(expf(logit - peak), sum);
     if (NORMALISE && TOP_K > 1) {
         float total = 0.f;
 #pragma unroll
         for (int i = 0; i < TOP_K; ++i) total += __shfl_sync(ALL, mine, i);
-        mine /= total + 1e-20f;
+        mine = __fdividef(mine, total + 1e-20f);
     }
     if (lane_id() < TOP_K) weights[lane_id()] = mine * SCALING;
 }

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import half_tiles
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
@@ -88,7 +87,6 @@ def mla_decode(
     workspace: MLAWorkspace,
     rows: int,
     span: int,
-    coming: Ahead = NOTHING,
     turns: Turns | None = None,
     scales: Tensor | None = None,
 ) -> None:
@@ -97,13 +95,13 @@ def mla_decode(
     With scales half [S], latent_cache is int8 codes (`trtvlm.model.latent_codes`).
     q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32
     tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within.
-    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`); turns: of the step, if its launches overlap.
+    turns: of the step, if its launches overlap.
     ValueError: more than 16 rows.
     """
     check_rows(rows)
     w = weights
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
-    combine_tiles = tiles_of_values(w.value, rows)
+    combine_tiles = tiles_of_values(w.value, w.heads, rows)
     macros = defines(
         HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank, COMBINE_TILES=combine_tiles,
         INT8_LATENT=int(scales is not None),
@@ -136,12 +134,10 @@ def mla_decode(
     shared = 2 * ((CHUNK + 16) * stride + 16 * (CHUNK + 8)) + 4 * _SCORE_PARTS * 16 * (CHUNK + 4)
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
-    extra = BLOCKS if coming.count else 0
     heads16 = -(-w.heads // 16)
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room + extra, heads16, rows), 32 * _ATTEND_WARPS,
-        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, room, coming.pieces, coming.count,
-        shared=shared, finishing=room * heads16 * rows,
+        turns, kernel(SOURCE, "attend", macros), (room, heads16, rows), 32 * _ATTEND_WARPS,
+        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, shared=shared,
     )  # fmt: skip
     launch_in_turn(
         turns, kernel(SOURCE, "combine", macros), (w.heads * (w.value // 16 // combine_tiles), rows),
@@ -150,7 +146,9 @@ def mla_decode(
     )  # fmt: skip
 
 
-def tiles_of_values(value: int, rows: int) -> int:
+def tiles_of_values(value: int, heads: int, rows: int) -> int:
     """Tiles of 16 values that a block of `combine` takes; no result depends on it."""
     tiles = value // 16
-    return next(count for count in ((4, 2, 1) if rows > 2 else (1,)) if tiles % count == 0)
+    # Merging is most of the work, and every block of a head does it; for few rows, as many blocks as there are multiprocessors.
+    wanted = 4 if rows > 2 else -(-heads * tiles // 132)
+    return next(count for count in (4, 2, 1) if count <= wanted and tiles % count == 0)

@@ -49,7 +49,7 @@ SIZES = {"nano": Size(8, 32, 32, 32, 128), "small": Size(16, 128, 64, 128, 512),
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles(arch: str, size: Size, rows: int, coded: bool) -> None:
     macros = {name.upper(): value for name, value in size._asdict().items()}
-    macros |= {"COMBINE_TILES": tiles_of_values(size.value, rows), "INT8_LATENT": int(coded)}
+    macros |= {"COMBINE_TILES": tiles_of_values(size.value, size.heads, rows), "INT8_LATENT": int(coded)}
     _, kernels = compile_source((PLUGINS / SOURCE).read_text(), macros, arch)
     assert set(kernels) == {"absorb", "attend", "combine"}
     for usage in kernels.values():

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from trtvlm.model.cache import HeadCache, KVCache, LatentCache
-from trtvlm.plugins.cuda.ahead import NOTHING, Ahead, ahead
 from trtvlm.plugins.cuda.turns import Turns
 from trtvlm.plugins.embedding.cuda import embed
 from trtvlm.plugins.gqa_attention.decode import GQAWorkspace, gqa_decode
@@ -32,7 +31,7 @@ _LAUNCHES = 8  # of a layer, at most
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer as its launches want it. coming: what its attention brings into L2."""
+    """A decoder layer as its launches want it."""
 
     input_norm: Norm
     post_norm: Norm
@@ -42,7 +41,6 @@ class _Layer:
     moe: MoEWeights | None
     fc: LinearWeight | None
     proj: LinearWeight | None
-    coming: Ahead
 
 
 class DecodeProgram:
@@ -57,11 +55,10 @@ class DecodeProgram:
         weights: LanguageWeights,
         cache: KVCache,
         max_rows: int = 8,
-        fetch_ahead: bool = True,
         overlap: bool = True,
     ) -> None:
         check_rows(max_rows)
-        self.weights, self.cache, self.max_rows, self.fetch_ahead = weights, cache, max_rows, fetch_ahead
+        self.weights, self.cache, self.max_rows = weights, cache, max_rows
         config, device = weights.config, weights.embedding.device
         hidden, heads, rows = config.hidden_size, config.num_attention_heads, max_rows
         self.residual = torch.zeros(rows, hidden, device=device)
@@ -163,7 +160,7 @@ class DecodeProgram:
             assert isinstance(self._attention, MLAWorkspace)
             mla_decode(
                 self._q, self._kv, layer.mla, rope, cache.latent[0], cache.k_pe[0], cursor, self._attended,
-                self._attention, rows, span, layer.coming, turns,
+                self._attention, rows, span, turns,
                 None if cache.scales is None else cache.scales[0],
             )  # fmt: skip
             return
@@ -180,7 +177,6 @@ class DecodeProgram:
             self._attention,
             rows,
             span,
-            layer.coming,
             turns,
         )
 
@@ -196,7 +192,6 @@ class DecodeProgram:
                 *shared,
             )  # fmt: skip
         dense = layer.moe is None
-        fetch = self.fetch_ahead and layer.dense.codes.is_cuda
         return _Layer(
             Norm(layer.input_norm, self.square_sums, self.weights.eps),
             Norm(layer.post_norm, self.square_sums, self.weights.eps),
@@ -206,7 +201,6 @@ class DecodeProgram:
             moe,
             _linear(layer.fc) if dense and layer.fc is not None else None,
             _linear(layer.proj) if dense and layer.proj is not None else None,
-            ahead([layer.dense.codes, layer.dense.scales, *([] if moe is None else moe.coming)]) if fetch else NOTHING,
         )
 
 

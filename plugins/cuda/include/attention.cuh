@@ -86,7 +86,7 @@ DEVICE Merged merge_chunks(const Share* shares, int share_stride, const u16* out
                 out.value[2 * i] += w * low_half(pairs[i]), out.value[2 * i + 1] += w * high_half(pairs[i]);
         }
     }
-    const float scale = 1.f / sum;
+    const float scale = __fdividef(1.f, sum);
 #pragma unroll
     for (int i = 0; i < 8; ++i) out.value[i] += __shfl_xor_sync(EVERY_LANE, out.value[i], 8);
 #pragma unroll
