@@ -70,20 +70,17 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     const int bytes = warp_bytes(smaller(COLUMNS, all_rows));
     char* own = reinterpret_cast<char*>(shared) + warp_id() * bytes;
 
-    // From tile `first` on. A block past the end computes the last tile again, and does not write it.
-    auto further = [&](int r) {
-        const int item = count % COUNT ? smaller(first + r % COUNT, count - 1) - first : r % COUNT;
+    // A block past the end computes the last tile again, and does not write it.
+    auto tile_of = [&](int r) {
+        const int item = smaller(first + r % COUNT, count - 1);
         return r < COUNT ? item : count + item;
     };
-    const size_t base = size_t(first) * GROUPS + warp_id();
-    weights += base * Weight::WORDS + lane_id();
-    scales += base * 8 + (lane_id() >> 2);
     Weight weight[DEPTH][TILES];
     auto load_weights = [&](int step) {
         if (Part::has(step)) {
 #pragma unroll
             for (int r = 0; r < TILES; ++r)
-                weight[step % DEPTH][r].load_further(weights, scales, further(r) * GROUPS + step * WARPS);
+                weight[step % DEPTH][r].load(weights, scales, tile_of(r) * GROUPS + Part::group(step));
         }
     };
     const bool present = (lane_id() >> 2) < rows;

@@ -1,6 +1,6 @@
-// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the experts' inputs), experts_up (which
-// also does the shared expert's first half), experts_down. Every block of the last two picks the experts for itself: waiting for
-// another block to do it would take longer. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all.
+// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the shared expert's first half),
+// experts_up, experts_down. Every block of the last two picks the experts for itself: waiting for another block to do it would take
+// longer. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/routing.cuh"
@@ -8,12 +8,77 @@
 #include "turns.cuh"
 
 constexpr int ROUTE_WARPS = 8;
-constexpr int ROUTER_PARTS = 4, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
+constexpr int ROUTER_PARTS = 2, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
 constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTER_EXPERTS - 1) / ROUTER_EXPERTS;
 constexpr int INPUT_QUADS = 64, INPUT_BLOCKS = (QUADS + INPUT_QUADS - 1) / INPUT_QUADS;  // of the experts' inputs
 static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 
-// ---- route --------------------------------------------------------------------------------------------------------
+// ---- the shared expert's first half -----------------------------------------------------------------------------
+
+#if SHARED
+constexpr int SHARED_TILES = SHARED / TILE_ROWS;
+constexpr int SHARED_PAIRS = 1;  // pairs of up and gate tiles a block
+constexpr int SHARED_BLOCKS = (SHARED_TILES + SHARED_PAIRS - 1) / SHARED_PAIRS;
+using Shared = Slice<HIDDEN, ROUTE_WARPS>;
+
+DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
+                      const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
+                      int rows, const Turn& turn) {
+    constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
+    const int first = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * SHARED_PAIRS;
+    auto tile_of = [&](int r) {
+        const int item = smaller(first + r % SHARED_PAIRS, SHARED_TILES - 1);
+        return r < SHARED_PAIRS ? item : SHARED_TILES + item;
+    };
+    Int4Weight weight[DEPTH][TILES];
+    auto load = [&](int step) {
+        if (Shared::has(step)) {
+#pragma unroll
+            for (int r = 0; r < TILES; ++r)
+                weight[step % DEPTH][r].load(codes, scales, tile_of(r) * Shared::GROUPS + Shared::group(step));
+        }
+    };
+#pragma unroll
+    for (int step = 0; step < DEPTH; ++step) load(step);
+    fetch_halves(norm, HIDDEN);
+    if (SHARED_SCALED) fetch_halves(pre_quant_scale, HIDDEN);
+    await_turn(turn);
+    u16* x = reinterpret_cast<u16*>(own);
+    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
+    __syncwarp();
+    const bool present = (lane_id() >> 2) < rows;
+    float sum[TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < Shared::STEPS; ++step) {
+        if (Shared::has(step)) {
+            const Activation now = load_activation(x, Shared::STRIDE, step, present);
+#pragma unroll
+            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
+        }
+        if (step + DEPTH < Shared::STEPS) load(step + DEPTH);
+    }
+    __syncwarp();
+    float* partial = reinterpret_cast<float*>(own);
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) store_partial(partial + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
+    __syncthreads();
+    partial -= warp_id() * bytes / 4;
+    for (int index = threadIdx.x; index < SHARED_PAIRS * COLUMNS * TILE_ROWS; index += 32 * ROUTE_WARPS) {
+        const int pair = index / (COLUMNS * TILE_ROWS), column = (index >> 4) % COLUMNS;
+        const int output = (first + pair) * TILE_ROWS + (index & 15);
+        if (column >= rows || first + pair >= SHARED_TILES) continue;
+        const int place = (pair * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
+        const float up = sum_partials<ROUTE_WARPS>(partial + place, bytes / 4);
+        const float gate =
+            sum_partials<ROUTE_WARPS>(partial + place + SHARED_PAIRS * COLUMNS * PARTIAL_COLUMN, bytes / 4);
+        float y = up * silu(gate);
+        if (next_scale) y *= half_to_float(next_scale[output]);
+        out[size_t(column) * SHARED + output] = float_to_half(y);
+    }
+}
+#else
+constexpr int SHARED_BLOCKS = 0;
+#endif
 
 // A block of the router: its experts' logits [all rows, EXPERTS].
 DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
@@ -48,18 +113,28 @@ DEVICE void expert_inputs(const float* residual, const float* square_sums, const
     }
 }
 
-// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the others write what the experts read.
+// Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
+// the shared expert's.
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
-          const u16* expert_scale, float* logits, u16* inputs, int all_rows, TurnCounters* turns, int index, int before) {
+          const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
+          const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
+          int before) {
     const Turn turn = {turns, index, before};
+    extern __shared__ uint4 shared[];
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     residual += size_t(row0) * HIDDEN;
     square_sums += row0 * (HIDDEN / 16);
-    if (blockIdx.x < ROUTER_BLOCKS)
+    if (blockIdx.x < ROUTER_BLOCKS) {
         router_logits(residual, square_sums, norm, eps, router, logits + row0 * EXPERTS, rows, turn);
-    else
+    } else if (blockIdx.x < ROUTER_BLOCKS + INPUT_BLOCKS) {
         expert_inputs(residual, square_sums, norm, eps, expert_scale, inputs + size_t(row0) * HIDDEN, rows, turn);
+    } else {
+#if SHARED
+        shared_up(reinterpret_cast<char*>(shared) + warp_id() * bytes, bytes, residual, square_sums, norm, eps, shared_scale,
+                  shared_codes, shared_scales, shared_next, shared_out + size_t(row0) * SHARED, rows, turn);
+#endif
+    }
     finish_turn(turn);
 }
 
@@ -68,10 +143,15 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
 constexpr int UP_WARPS = 4;
 constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
-constexpr int UP_DEPTH = smaller(Up::STEPS, 3);  // steps of weights under way
+// Blocks a multiprocessor has room for: with wide experts more of them, that one turn of an H200 is enough for one row.
+constexpr int UP_BLOCKS = EXPERT_TILES * TOP_K > 528 ? 5 : 4;
+constexpr int UP_DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3);  // steps of weights under way
 
-constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
-static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
+// What a row that takes no part gives is never used, so it is any row that is there.
+DEVICE Activation load_direct(const u16* row, int group) {
+    const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
+    return Activation{at[0], at[1]};
+}
 
 // The whole block: the experts that the rows of a tile chose.
 template <int WARPS>
@@ -87,107 +167,55 @@ struct Chosen {
     }
 };
 
-// A warp's part of a tile of up weights and one of gate weights, GATES tiles further on.
-template <int GATES>
-struct UpTiles {
-    const uint4* codes;  // this lane's, of the first group of this warp
-    const u32* scales;
+// 16 of one expert's outputs, for its rows.
+DEVICE void expert_up(const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
+                      u16* hidden, int rows) {
+    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
+    const size_t first = (size_t(entry.expert) * 2 * EXPERT_TILES + blockIdx.x) * Up::GROUPS;
+    codes += first * 32;
+    scales += first * 8;
     Int4Weight up[UP_DEPTH], gate[UP_DEPTH];
-
-    DEVICE void ask(int step) {
+    Activation x[UP_DEPTH];
+    const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
+    auto load = [&](int step) {
         if (!Up::has(step)) return;
-        up[step % UP_DEPTH].load_further(codes, scales, step * UP_WARPS);
-        gate[step % UP_DEPTH].load_further(codes, scales, GATES * Up::GROUPS + step * UP_WARPS);
-    }
-    DEVICE void ask(const uint4* all_codes, const u32* all_scales, int tile) {
-        const size_t first = size_t(tile) * Up::GROUPS + warp_id();
-        codes = all_codes + first * 32 + lane_id();
-        scales = all_scales + first * 8 + (lane_id() >> 2);
+        up[step % UP_DEPTH].load(codes, scales, Up::group(step));
+        gate[step % UP_DEPTH].load(codes, scales, EXPERT_TILES * Up::GROUPS + Up::group(step));
+        x[step % UP_DEPTH] = load_direct(row, Up::group(step));
+    };
 #pragma unroll
-        for (int step = 0; step < UP_DEPTH; ++step) ask(step);
-    }
-
-    // x: this warp's slice of the activations. `store(column, output, y)` gets the block's gated outputs.
-    template <class Store>
-    DEVICE void multiply(const u16* x, bool present, float (*partials)[2 * COLUMNS * PARTIAL_COLUMN], Store store) {
-        float sum[2][4] = {};
+    for (int step = 0; step < UP_DEPTH; ++step) load(step);
+    float sum[2][4] = {};
 #pragma unroll
-        for (int step = 0; step < Up::STEPS; ++step) {
-            if (Up::has(step)) {
-                const Activation now = load_activation(x, Up::STRIDE, step, present);
-                up[step % UP_DEPTH].multiply(sum[0], now);
-                gate[step % UP_DEPTH].multiply(sum[1], now);
-            }
-            if (step + UP_DEPTH < Up::STEPS) ask(step + UP_DEPTH);
+    for (int step = 0; step < Up::STEPS; ++step) {
+        if (Up::has(step)) {
+            up[step % UP_DEPTH].multiply(sum[0], x[step % UP_DEPTH]);
+            gate[step % UP_DEPTH].multiply(sum[1], x[step % UP_DEPTH]);
         }
-        store_partial(partials[warp_id()], sum[0], COLUMNS);
-        store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
-        __syncthreads();
-        const int column = threadIdx.x >> 4, output = threadIdx.x & 15;  // 128 threads
-        const float* at = partials[0] + column * PARTIAL_COLUMN + output;
-        const float gated = silu(sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN));
-        store(column, output, sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN) * gated);
+        if (step + UP_DEPTH < Up::STEPS) load(step + UP_DEPTH);
     }
-};
-
-// What the shared expert's first half reads and writes; codes null: it is done elsewhere.
-struct SharedUp {
-    const float *residual, *square_sums;
-    const u16* norm;
-    float eps;
-    const u16* pre_quant_scale;
-    const uint4* codes;
-    const u32* scales;
-    const u16* next_scale;
-    u16* out;
-};
-
-// The residual stream is of the launch before the last: the shared expert waits for nobody.
-DEVICE void shared_up(const SharedUp& a, u16* x, float (*partials)[2 * COLUMNS * PARTIAL_COLUMN], int row0, int rows) {
-    const int tile = blockIdx.y * EXPERT_TILES + blockIdx.x;
-    UpTiles<SHARED / TILE_ROWS> tiles;
-    tiles.ask(a.codes, a.scales, tile);
-    normalise_rows<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(x, a.residual + size_t(row0) * HIDDEN, a.square_sums + row0 * (HIDDEN / 16),
-                                                         a.norm, a.pre_quant_scale, rows, a.eps);
-    __syncwarp();
-    tiles.multiply(x, (lane_id() >> 2) < rows, partials, [&](int column, int at, float y) {
-        if (column >= rows) return;
-        const int output = tile * TILE_ROWS + at;
-        if (a.next_scale) y *= half_to_float(a.next_scale[output]);
-        a.out[size_t(row0 + column) * SHARED + output] = float_to_half(y);
-    });
+    store_partial(partials[warp_id()], sum[0], COLUMNS);
+    store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
+    __syncthreads();
+    const int column = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
+    if (!(entry.rows >> column & 1)) return;
+    const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
+    const float gated = silu(sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN));
+    float y = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN) * gated;
+    if (next_scale) y *= half_to_float(next_scale[output]);
+    const int slot = entry.slots >> (4 * column) & 15;
+    hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
 }
 
-// Block (tile, entry, tile of rows): 16 of an expert's outputs; entries 0 .. shared_parts - 1 are the shared expert's.
-// hidden half [rows, TOP_K, WIDTH]. Dynamic shared memory: the rows' activations, a slice a warp.
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 6)
+// Block (tile, entry, tile of rows). hidden half [rows, TOP_K, WIDTH].
+extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
     experts_up(const u16* inputs, const float* logits, const float* bias, const uint4* codes, const u32* scales,
-               const u16* next_scale, u16* hidden, const float* residual, const float* square_sums, const u16* norm, float eps,
-               const u16* shared_scale, const uint4* shared_codes, const u32* shared_scales, const u16* shared_next, u16* shared_out,
-               int shared_parts, int all_rows, TurnCounters* turns, int index, int before) {
-    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
+               const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
     __shared__ Chosen<UP_WARPS> work;
-    extern __shared__ uint4 shared[];
     const Turn turn = {turns, index, before};
-    const int row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0), at = int(blockIdx.y) - shared_parts;
-    u16* x = reinterpret_cast<u16*>(shared) + warp_id() * smaller(COLUMNS, all_rows) * Up::STRIDE;
-    if (at < 0) {
-        shared_up({residual, square_sums, norm, eps, shared_scale, shared_codes, shared_scales, shared_next, shared_out}, x, partials,
-                  row0, rows);
-        await_turn(turn);
-        finish_turn(turn);
-        return;
-    }
-    await_turn(turn);
-    inputs += size_t(row0) * HIDDEN;
-    for (int index = lane_id(); index < rows * Up::STEPS * 8; index += 32) {
-        const int row = index / (Up::STEPS * 8), step = index / 8 % Up::STEPS, piece = index % 8 * 8;
-        if (Up::has(step))
-            copy_async(x + row * Up::STRIDE + step * TILE_INPUTS + piece,
-                       inputs + size_t(row) * HIDDEN + Up::group(step) * TILE_INPUTS + piece);
-    }
-    copy_commit();
+    const int at = blockIdx.y, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     logits += row0 * EXPERTS;
+    await_turn(turn);
     Entry entry = {0, 1, u32(at)};
     int count = TOP_K;
     if (all_rows == 1) {
@@ -197,60 +225,43 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 6)
         count = work.list(logits, bias, rows);
         entry = work.entries[smaller(at, MOST_ENTRIES - 1)];
     }
-    if (at < count) {
-        UpTiles<EXPERT_TILES> tiles;
-        tiles.ask(codes, scales, entry.expert * 2 * EXPERT_TILES + int(blockIdx.x));
-        copy_wait<0>();
-        __syncwarp();
-        tiles.multiply(x, entry.rows >> (lane_id() >> 2) & 1, partials, [&](int column, int at, float y) {
-            if (!(entry.rows >> column & 1)) return;
-            const int output = blockIdx.x * TILE_ROWS + at, slot = entry.slots >> (4 * column) & 15;
-            if (next_scale) y *= half_to_float(next_scale[output]);
-            hidden[(size_t(row0 + column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
-        });
-    }
-    copy_wait<0>();
+    if (at < count)
+        expert_up(entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
     finish_turn(turn);
 }
 
 constexpr int DOWN_WARPS = 8;
 constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, DOWN_TILES = HIDDEN / TILE_ROWS;
-// The sum over K of a unit (an expert, or a part of the shared one) is that of its first groups, in order, and that of the others:
-// nothing decides a row's result but that row.
-constexpr int FIRST_GROUPS = (DOWN_GROUPS + 1) / 2;
+constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
+static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
 // Where a unit's tiles of weights start: part `unit` of the shared expert, or expert `expert`.
 struct DownTiles {
     const uint4* codes;
     const u32* scales;
+    int first;
 
     DEVICE static DownTiles of(int unit, int expert, const uint4* codes, const u32* scales, const uint4* shared_codes,
                                const u32* shared_scales) {
         const int tile = blockIdx.x;
-        const size_t first = unit < SHARED_PARTS ? tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS
-                                                 : (size_t(expert) * DOWN_TILES + tile) * DOWN_GROUPS;
-        return DownTiles{(unit < SHARED_PARTS ? shared_codes : codes) + first * 32, (unit < SHARED_PARTS ? shared_scales : scales) + first * 8};
+        if (unit < SHARED_PARTS)
+            return DownTiles{shared_codes, shared_scales, tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS};
+        return DownTiles{codes, scales, (expert * DOWN_TILES + tile) * DOWN_GROUPS};
     }
 };
 
-// What this thread's output of the residual stream was.
-DEVICE float residual_before(const float* residual, int row0, int rows) {
-    const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
-    return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
-}
-
-// The end of a block: `routed(row, slot, output)` and `shared(row, part, output)` to the residual stream, which was `before`.
-template <class Routed, class SharedSum>
-DEVICE void add_units(float* residual, float* square_sums, float before, const float (*weights)[TOP_K], int row0, int rows,
-                      Routed routed, SharedSum shared) {
-    if (threadIdx.x >= COLUMNS * TILE_ROWS) return;  // whole warps
-    const int row = threadIdx.x >> 4, at = threadIdx.x & 15, tile = blockIdx.x;
+// What the end of a block adds to the residual stream: before[0] of this thread's row and output, and the units' sums.
+DEVICE void add_units(float* residual, float* square_sums, float before, const float (*weights)[TOP_K],
+                      const float (*routed)[TOP_K][TILE_ROWS], const float (*shared_sum)[COLUMNS][TILE_ROWS], int row0, int rows) {
+    constexpr int OUTPUTS = COLUMNS * TILE_ROWS;
+    if (threadIdx.x >= OUTPUTS) return;  // whole warps
+    const int row = threadIdx.x >> 4, tile = blockIdx.x, output = tile * TILE_ROWS + (threadIdx.x & 15);
     float y = 0.f;
     if (row < rows) {
 #pragma unroll
-        for (int slot = 0; slot < TOP_K; ++slot) y += weights[row][slot] * routed(row, slot, at);
+        for (int slot = 0; slot < TOP_K; ++slot) y += weights[row][slot] * routed[row][slot][threadIdx.x & 15];
 #pragma unroll
-        for (int part = 0; part < SHARED_PARTS; ++part) y += shared(row, part, at);
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][row][threadIdx.x & 15];
         y += before;
     }
     float square = y * y;
@@ -258,39 +269,34 @@ DEVICE void add_units(float* residual, float* square_sums, float before, const f
 #pragma unroll
     for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
     if (row < rows) {
-        residual[size_t(row0 + row) * HIDDEN + tile * TILE_ROWS + at] = y;
-        if (at == 0) square_sums[(row0 + row) * DOWN_TILES + tile] = square;
+        residual[size_t(row0 + row) * HIDDEN + output] = y;
+        if ((threadIdx.x & 15) == 0) square_sums[(row0 + row) * DOWN_TILES + tile] = square;
     }
 }
 
-// What a row that takes no part gives is never used, so it is any row that is there.
-DEVICE Activation load_direct(const u16* row, int group) {
-    const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
-    return Activation{at[0], at[1]};
+// What this thread's output of the residual stream was.
+DEVICE float residual_before(const float* residual, int row0, int rows) {
+    const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
+    return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
 }
 
-// A unit, one warp.
+// The whole of K in one warp, in order: nothing decides a result but its own row.
 DEVICE void down_unit(float (&sum)[4], const DownTiles& at, const u16* row) {
-    constexpr int DEPTH = smaller(DOWN_GROUPS, 10);
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
     Int4Weight weight[DEPTH];
     Activation x[DEPTH];
-    float rest[4] = {0.f, 0.f, 0.f, 0.f};
-    const uint4* codes = at.codes + lane_id();
-    const u32* scales = at.scales + (lane_id() >> 2);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) weight[step].load_further(codes, scales, step);
+    for (int step = 0; step < DEPTH; ++step) weight[step].load(at.codes, at.scales, at.first + step);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
 #pragma unroll
     for (int step = 0; step < DOWN_GROUPS; ++step) {
-        weight[step % DEPTH].multiply(step < FIRST_GROUPS ? sum : rest, x[step % DEPTH]);
+        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
         if (step + DEPTH < DOWN_GROUPS) {
-            weight[step % DEPTH].load_further(codes, scales, step + DEPTH);
+            weight[step % DEPTH].load(at.codes, at.scales, at.first + step + DEPTH);
             x[step % DEPTH] = load_direct(row, step + DEPTH);
         }
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += rest[i];
 }
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: parts of the shared expert, then
@@ -307,7 +313,6 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
     const float was = residual_before(residual, row0, rows);
     logits += row0 * EXPERTS;
-    // The logits are of the launch before the last: the choice waits for nobody.
     const int units = SHARED_PARTS + work.list(logits, bias, rows);
     for (int row = warp_id(); row < rows; row += DOWN_WARPS) weigh_experts(logits + row * EXPERTS, work.chosen[row], weights[row]);
     await_turn(turn);
@@ -331,97 +336,92 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
         }
     }
     __syncthreads();
-    add_units(
-        residual, square_sums, was, weights, row0, rows, [&](int row, int slot, int at) { return routed[row][slot][at]; },
-        [&](int row, int part, int at) { return shared_sum[part][row][at]; });
+    add_units(residual, square_sums, was, weights, routed, shared_sum, row0, rows);
     finish_turn(turn);
 }
 
 // ---- experts_down of one row --------------------------------------------------------------------------------------
 
-// Two warps a unit. All of their weights are asked for before the wait: the first groups wait in registers, the others in shared
-// memory, each lane's for itself.
-constexpr int ROW_WARPS = 16;
-constexpr int LANDED_GROUPS = smaller(FIRST_GROUPS, 8), HELD_GROUPS = FIRST_GROUPS - LANDED_GROUPS;
-constexpr int HALF_BYTES = LANDED_GROUPS * (512 + 32) + FIRST_GROUPS * TILE_INPUTS * 2;  // a warp: codes, scales, inputs
+// All of a unit's weights are asked for before the wait: the first groups wait in registers, the others in shared memory, each lane's
+// for itself.
+constexpr int HELD_GROUPS = smaller(DOWN_GROUPS, 7), LANDED_GROUPS = DOWN_GROUPS - HELD_GROUPS;
+constexpr int UNIT_BYTES = LANDED_GROUPS * (512 + 32) + WIDTH * 2;  // of shared memory a warp: codes, scales, inputs
 
-// Half of a unit: `count` groups of FIRST_GROUPS.
-struct HalfUnit {
-    Int4Weight held[larger(1, HELD_GROUPS)];
-    int count;
+struct LandedUnit {
+    Int4Weight held[HELD_GROUPS];
 
-    DEVICE void ask(const DownTiles& at, int first, uint4* landing) {
-        count = first ? DOWN_GROUPS - FIRST_GROUPS : FIRST_GROUPS;
+    DEVICE void ask(const DownTiles& at, uint4* landing) {
 #pragma unroll
-        for (int i = 0; i < LANDED_GROUPS; ++i)
-            if (i < count) copy_async(landing + i * 32 + lane_id(), at.codes + first * 32 + lane_id() + i * 32);
-        const u32* scales = at.scales + first * 8;
-        for (int i = lane_id(); i < 2 * smaller(count, LANDED_GROUPS); i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, scales + 4 * i);
+        for (int step = 0; step < HELD_GROUPS; ++step) held[step].load(at.codes, at.scales, at.first + step);
+#pragma unroll
+        for (int i = 0; i < LANDED_GROUPS; ++i) {
+            const size_t tile = at.first + HELD_GROUPS + i;
+            copy_async(landing + i * 32 + lane_id(), at.codes + tile * 32 + lane_id());
+        }
+        const u32* landed_scales = at.scales + size_t(at.first + HELD_GROUPS) * 8;
+        for (int i = lane_id(); i < 2 * LANDED_GROUPS; i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, landed_scales + 4 * i);
         copy_commit();
-#pragma unroll
-        for (int i = 0; i < HELD_GROUPS; ++i)
-            if (LANDED_GROUPS + i < count)
-                held[i].load_further(at.codes + first * 32 + lane_id(), scales + (lane_id() >> 2), LANDED_GROUPS + i);
     }
 
-    // x: the half of the row, in shared memory.
+    // x: the row, in shared memory. In down_unit's order.
     DEVICE void multiply(float (&sum)[4], const uint4* landing, const u16* x) const {
         const bool present = lane_id() < 4;
         const u32* scales = reinterpret_cast<const u32*>(landing + LANDED_GROUPS * 32) + (lane_id() >> 2);
-#pragma unroll 4
-        for (int i = 0; i < LANDED_GROUPS; ++i)
-            if (i < count) int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], load_activation(x, 0, i, present));
 #pragma unroll
-        for (int i = 0; i < HELD_GROUPS; ++i)
-            if (LANDED_GROUPS + i < count) held[i].multiply(sum, load_activation(x, 0, LANDED_GROUPS + i, present));
+        for (int step = 0; step < DOWN_GROUPS; ++step) {
+            const Activation now = load_activation(x, 0, step, present);
+            if (step < HELD_GROUPS) {
+                held[step].multiply(sum, now);
+            } else {
+                const int i = step - HELD_GROUPS;
+                int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], now);
+            }
+        }
     }
 };
 
-// Block (tile): 16 values of the residual stream.
-extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
+// Block (tile): 16 values of the residual stream. A warp a unit.
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
     experts_down_row(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
                      const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
                      TurnCounters* turns, int index, int before) {
-    constexpr int UNITS = SHARED_PARTS + TOP_K;
-    __shared__ float sums[UNITS][2][TILE_ROWS], weights[1][TOP_K];
-    __shared__ int chosen[ROW_WARPS][TOP_K];
+    __shared__ float routed[1][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS], weights[1][TOP_K];
+    __shared__ int chosen[DOWN_WARPS][TOP_K];
     extern __shared__ uint4 shared[];
-    uint4* landing = shared + warp_id() * (HALF_BYTES / 16);
+    uint4* landing = shared + warp_id() * (UNIT_BYTES / 16);
     u16* x = reinterpret_cast<u16*>(landing + LANDED_GROUPS * 34);
     const Turn turn = {turns, index, before};
+    constexpr int UNITS = SHARED_PARTS + TOP_K;
     const float was = residual_before(residual, 0, 1);
-    const int half = warp_id() & 1, first = half ? FIRST_GROUPS : 0, mine = warp_id() >> 1;
-    HalfUnit part;
+    LandedUnit unit_weights;
     // The logits are of the launch before the last: the choice waits for nobody, and every warp makes it for itself.
     auto ask = [&](int unit) {
         const int expert = unit < SHARED_PARTS ? 0 : chosen[warp_id()][unit - SHARED_PARTS];
-        part.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), first, landing);
+        unit_weights.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), landing);
     };
     choose_experts(logits, bias, chosen[warp_id()], TOP_K);
     __syncwarp();
-    if (mine < UNITS) ask(mine);
+    if (warp_id() < UNITS) ask(warp_id());
     if (warp_id() == 0) weigh_experts(logits, chosen[0], weights[0]);
     await_turn(turn);
 
-    for (int unit = mine; unit < UNITS; unit += ROW_WARPS / 2) {
-        if (UNITS > ROW_WARPS / 2 && unit != mine) ask(unit);
-        const u16* row = (unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH) + first * TILE_INPUTS;
-        for (int i = lane_id(); i < part.count * (TILE_INPUTS / 8); i += 32) copy_async(x + i * 8, row + i * 8);
+    for (int unit = warp_id(); unit < UNITS; unit += DOWN_WARPS) {
+        if (UNITS > DOWN_WARPS && unit != warp_id()) ask(unit);
+        const u16* row = unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH;
+        for (int i = lane_id(); i < WIDTH / 8; i += 32) copy_async(x + i * 8, row + i * 8);
         copy_commit();
         copy_wait<0>();
         __syncwarp();
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        part.multiply(sum, landing, x);
+        unit_weights.multiply(sum, landing, x);
         __syncwarp();
         if ((lane_id() & 3) == 0) {  // column 0
-            sums[unit][half][lane_id() >> 2] = sum[0];
-            sums[unit][half][(lane_id() >> 2) + 8] = sum[2];
+            float* to = unit < SHARED_PARTS ? shared_sum[unit][0] : routed[0][unit - SHARED_PARTS];
+            to[lane_id() >> 2] = sum[0];
+            to[(lane_id() >> 2) + 8] = sum[2];
         }
     }
     __syncthreads();
-    auto unit_sum = [&](int unit, int at) { return sums[unit][0][at] + sums[unit][1][at]; };
-    add_units(
-        residual, square_sums, was, weights, 0, 1, [&](int, int slot, int at) { return unit_sum(SHARED_PARTS + slot, at); },
-        [&](int, int part, int at) { return unit_sum(part, at); });
+    add_units(residual, square_sums, was, weights, routed, shared_sum, 0, 1);
     finish_turn(turn);
 }

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
-from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS, _ROW_WARPS = 8, 4, 8, 16
-_ROUTER_EXPERTS, _INPUT_VALUES = 2, 256
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
+_ROUTER_EXPERTS, _INPUT_VALUES = 4, 256
 
 
 @dataclass(frozen=True)
@@ -102,48 +102,39 @@ def moe_decode(
     turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
     """
     route(residual, norm, weights, workspace, rows, turns)
-    experts_up(weights, workspace, rows, turns, (residual, norm))
+    experts_up(weights, workspace, rows, turns)
     experts_down(residual, norm.square_sums, weights, workspace, rows, turns)
 
 
 def route(
     residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
 ) -> None:
-    """The router's product, and the experts' inputs."""
+    """The router's product, the experts' inputs, and the shared expert up to its gated product."""
     check_rows(rows)
     experts, hidden = weights.router.shape
-    grid = (-(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES), -(-rows // COLUMNS))
+    shared_tiles = weights.shared_width // 16
+    blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + shared_tiles
+    grid = (blocks, -(-rows // COLUMNS))
+    fc, proj = weights.shared_fc, weights.shared_proj
+    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
-        residual, norm.square_sums, norm.weight, norm.eps, weights.router, weights.fc.pre_quant_scale, workspace.logits,
-        workspace.inputs, rows,
+        residual, norm.square_sums, norm.weight, norm.eps, weights.router,
+        weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
+        None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
+        None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
     )  # fmt: skip
 
 
-def experts_up(
-    weights: MoEWeights,
-    workspace: MoEWorkspace,
-    rows: int,
-    turns: Turns | None = None,
-    stream: tuple[Tensor, Norm] | None = None,
-) -> None:
-    """Choose the experts, and run them up to their gated products; with `stream` the shared expert, too.
-
-    stream: the residual stream float32 [rows, hidden] and its norm; without it somebody else fills workspace.shared.
-    """
+def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None) -> None:
+    """Choose the experts, and run the chosen ones up to their gated products."""
     check_rows(rows)
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
-    fc, proj = weights.shared_fc, weights.shared_proj
-    residual, norm = (None, None) if stream is None else stream
-    parts = 0 if stream is None else weights.shared_width // weights.width
     launch_in_turn(
-        turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, parts + entries, -(-rows // COLUMNS)),
+        turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, entries, -(-rows // COLUMNS)),
         32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, residual, None if norm is None else norm.square_sums,
-        None if norm is None else norm.weight, 0.0 if norm is None else norm.eps, None if fc is None else fc.pre_quant_scale,
-        None if fc is None else fc.codes, None if fc is None else fc.scales, None if proj is None else proj.pre_quant_scale,
-        workspace.shared, parts, rows, shared=up_bytes(weights.router.shape[1], rows),
+        weights.proj.pre_quant_scale, workspace.hidden, rows,
     )  # fmt: skip
 
 
@@ -158,7 +149,7 @@ def experts_down(
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
     shared = weights.shared_proj
-    grid = (residual.shape[1] // 16, -(-rows // COLUMNS))
+    grid, block = (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS
     arguments = (
         workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
@@ -166,19 +157,12 @@ def experts_down(
     )  # fmt: skip
     if rows == 1:
         launch = kernel(SOURCE, "experts_down_row", weights.macros)
-        launch_in_turn(turns, launch, grid, 32 * _ROW_WARPS, *arguments, shared=down_bytes(weights.width))
+        launch_in_turn(turns, launch, grid, block, *arguments, shared=down_shared_bytes(weights.width))
     else:
-        launch = kernel(SOURCE, "experts_down", weights.macros)
-        launch_in_turn(turns, launch, grid, 32 * _DOWN_WARPS, *arguments, rows)
+        launch_in_turn(turns, kernel(SOURCE, "experts_down", weights.macros), grid, block, *arguments, rows)
 
 
-def up_bytes(hidden: int, rows: int) -> int:
-    """Dynamic shared memory of a block of `experts_up`: of each warp its slice of the rows' activations."""
-    steps = -(-(hidden // 64) // _UP_WARPS)
-    return _UP_WARPS * min(rows, COLUMNS) * (steps * 64 + 8) * 2
-
-
-def down_bytes(width: int) -> int:
-    """Dynamic shared memory of a block of `experts_down_row`: of each warp its inputs, and weights."""
-    groups = -(-(width // 64) // 2)
-    return _ROW_WARPS * ((512 + 32) * min(groups, 8) + 128 * groups)
+def down_shared_bytes(width: int) -> int:
+    """Shared memory of a block of `experts_down_row`: of each warp the groups that registers do not hold, and its inputs."""
+    groups = width // 64
+    return _DOWN_WARPS * ((512 + 32) * (groups - min(groups, 7)) + 2 * width)
