@@ -86,6 +86,6 @@ def test_experts(model: str, arch: str) -> None:
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
     route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
-    shared = {"route": route, "experts_down_row": moe.down_shared_bytes(width)}
-    threads = {"route": 256, "experts_up": 128, "experts_down": 256, "experts_down_row": 256}
+    shared = {"route": route}
+    threads = {"route": 256, "experts_up": 128, "experts_down": 256}
     check(moe.SOURCE, dict(macros), arch, threads, shared)

@@ -1,11 +1,16 @@
-// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, and the shared expert's first half),
-// experts_up, experts_down. Every block of the last two picks the experts for itself: waiting for another block to do it would take
-// longer. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows.
+// A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, the experts' inputs, and the shared
+// expert's first half), experts_up (every block picks the experts for itself: waiting for another block to do it would take longer),
+// experts_down. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/routing.cuh"
 #include "int4_linear/weights.cuh"
 #include "turns.cuh"
+
+// The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
+// row has it in, 4 bits a row.
+constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
+constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
 
 constexpr int ROUTE_WARPS = 8;
 constexpr int ROUTER_PARTS = 2, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
@@ -145,7 +150,6 @@ constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
 using Up = Slice<HIDDEN, UP_WARPS>;
 // Blocks a multiprocessor has room for: with wide experts more of them, that one turn of an H200 is enough for one row.
 constexpr int UP_BLOCKS = EXPERT_TILES * TOP_K > 528 ? 5 : 4;
-constexpr int UP_DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3);  // steps of weights under way
 
 // What a row that takes no part gives is never used, so it is any row that is there.
 DEVICE Activation load_direct(const u16* row, int group) {
@@ -153,275 +157,182 @@ DEVICE Activation load_direct(const u16* row, int group) {
     return Activation{at[0], at[1]};
 }
 
-// The whole block: the experts that the rows of a tile chose.
-template <int WARPS>
-struct Chosen {
-    int chosen[COLUMNS][TOP_K], counts[WARPS];
-    Entry entries[MOST_ENTRIES];
-
-    DEVICE int list(const float* logits, const float* bias, int rows) {
-        static_assert(EXPERTS <= 32 * WARPS, "a thread an expert");
-        for (int row = warp_id(); row < rows; row += WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
-        __syncthreads();
-        return list_work<WARPS>(chosen, rows, entries, counts);
+// One block: the work list and the experts' weights [rows, TOP_K] for experts_down.
+DEVICE void tell(const float* logits, const float* bias, float* weights, int* work, int (*chosen)[TOP_K], Entry* entries,
+                 int* counts, int rows) {
+    for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+    __syncthreads();
+    const int count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+    if (threadIdx.x == 0) work[0] = count;
+    for (int i = threadIdx.x; i < count; i += 32 * UP_WARPS) {
+        work[WORK_EXPERT + i] = entries[i].expert;
+        work[WORK_ROWS + i] = int(entries[i].rows);
+        work[WORK_SLOTS + i] = int(entries[i].slots);
     }
-};
+    for (int row = warp_id(); row < rows; row += UP_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
+}
 
 // 16 of one expert's outputs, for its rows.
-DEVICE void expert_up(const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
+DEVICE void expert_up(int tile, const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
                       u16* hidden, int rows) {
     __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
-    const size_t first = (size_t(entry.expert) * 2 * EXPERT_TILES + blockIdx.x) * Up::GROUPS;
-    codes += first * 32;
-    scales += first * 8;
-    Int4Weight up[UP_DEPTH], gate[UP_DEPTH];
-    Activation x[UP_DEPTH];
+    constexpr int DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3), GROUPS = Up::GROUPS;
+    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES;
+    codes += (first + tile) * GROUPS * 32;
+    scales += (first + tile) * GROUPS * 8;
+    Int4Weight weight[DEPTH][2];
+    Activation x[DEPTH];
     const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
     auto load = [&](int step) {
-        if (!Up::has(step)) return;
-        up[step % UP_DEPTH].load(codes, scales, Up::group(step));
-        gate[step % UP_DEPTH].load(codes, scales, EXPERT_TILES * Up::GROUPS + Up::group(step));
-        x[step % UP_DEPTH] = load_direct(row, Up::group(step));
+        if (Up::has(step)) {
+            weight[step % DEPTH][0].load(codes, scales, Up::group(step));
+            weight[step % DEPTH][1].load(codes, scales, EXPERT_TILES * GROUPS + Up::group(step));
+            x[step % DEPTH] = load_direct(row, Up::group(step));
+        }
     };
 #pragma unroll
-    for (int step = 0; step < UP_DEPTH; ++step) load(step);
+    for (int step = 0; step < DEPTH; ++step) load(step);
     float sum[2][4] = {};
 #pragma unroll
     for (int step = 0; step < Up::STEPS; ++step) {
         if (Up::has(step)) {
-            up[step % UP_DEPTH].multiply(sum[0], x[step % UP_DEPTH]);
-            gate[step % UP_DEPTH].multiply(sum[1], x[step % UP_DEPTH]);
+            weight[step % DEPTH][0].multiply(sum[0], x[step % DEPTH]);
+            weight[step % DEPTH][1].multiply(sum[1], x[step % DEPTH]);
         }
-        if (step + UP_DEPTH < Up::STEPS) load(step + UP_DEPTH);
+        if (step + DEPTH < Up::STEPS) load(step + DEPTH);
     }
     store_partial(partials[warp_id()], sum[0], COLUMNS);
     store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
     __syncthreads();
-    const int column = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
+    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
     if (!(entry.rows >> column & 1)) return;
     const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
-    const float gated = silu(sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN));
-    float y = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN) * gated;
+    const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
+    const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);
+    float y = up * silu(gate);
     if (next_scale) y *= half_to_float(next_scale[output]);
     const int slot = entry.slots >> (4 * column) & 15;
     hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
 }
 
-// Block (tile, entry, tile of rows). hidden half [rows, TOP_K, WIDTH].
+// Block (1 + tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. Block (0, 0)
+// of each tile of rows tells what there is to do.
 extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
-    experts_up(const u16* inputs, const float* logits, const float* bias, const uint4* codes, const u32* scales,
-               const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
-    __shared__ Chosen<UP_WARPS> work;
+    experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
+               const u32* scales, const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
+    __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
+    __shared__ Entry entries[MOST_ENTRIES];
     const Turn turn = {turns, index, before};
-    const int at = blockIdx.y, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    static_assert(EXPERTS <= 32 * UP_WARPS, "a thread an expert");
+    const int at = blockIdx.y, tile = int(blockIdx.x) - 1, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     logits += row0 * EXPERTS;
     await_turn(turn);
-    Entry entry = {0, 1, u32(at)};
-    int count = TOP_K;
-    if (all_rows == 1) {
-        // Every warp finds its block's expert for itself, and waits for nobody.
-        entry.expert = choose_experts(logits, bias, nullptr, at + 1);
+    if (tile < 0) {
+        if (at == 0) tell(logits, bias, weights + row0 * TOP_K, work + blockIdx.z * WORK_SIZE, chosen, entries, counts, rows);
     } else {
-        count = work.list(logits, bias, rows);
-        entry = work.entries[smaller(at, MOST_ENTRIES - 1)];
+        Entry entry = {0, 1, u32(at)};
+        int count = TOP_K;
+        if (all_rows == 1) {
+            // Every warp finds its block's expert for itself, and waits for nobody.
+            entry.expert = choose_experts(logits, bias, nullptr, at + 1);
+        } else {
+            for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+            __syncthreads();
+            count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+            entry = entries[smaller(at, MOST_ENTRIES - 1)];
+        }
+        if (at < count)
+            expert_up(tile, entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
     }
-    if (at < count)
-        expert_up(entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
     finish_turn(turn);
 }
 
 constexpr int DOWN_WARPS = 8;
-constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, DOWN_TILES = HIDDEN / TILE_ROWS;
+constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
-// Where a unit's tiles of weights start: part `unit` of the shared expert, or expert `expert`.
-struct DownTiles {
-    const uint4* codes;
-    const u32* scales;
-    int first;
-
-    DEVICE static DownTiles of(int unit, int expert, const uint4* codes, const u32* scales, const uint4* shared_codes,
-                               const u32* shared_scales) {
-        const int tile = blockIdx.x;
-        if (unit < SHARED_PARTS)
-            return DownTiles{shared_codes, shared_scales, tile * (SHARED / TILE_INPUTS) + unit * DOWN_GROUPS};
-        return DownTiles{codes, scales, (expert * DOWN_TILES + tile) * DOWN_GROUPS};
-    }
-};
-
-// What the end of a block adds to the residual stream: before[0] of this thread's row and output, and the units' sums.
-DEVICE void add_units(float* residual, float* square_sums, float before, const float (*weights)[TOP_K],
-                      const float (*routed)[TOP_K][TILE_ROWS], const float (*shared_sum)[COLUMNS][TILE_ROWS], int row0, int rows) {
-    constexpr int OUTPUTS = COLUMNS * TILE_ROWS;
-    if (threadIdx.x >= OUTPUTS) return;  // whole warps
-    const int row = threadIdx.x >> 4, tile = blockIdx.x, output = tile * TILE_ROWS + (threadIdx.x & 15);
-    float y = 0.f;
-    if (row < rows) {
-#pragma unroll
-        for (int slot = 0; slot < TOP_K; ++slot) y += weights[row][slot] * routed[row][slot][threadIdx.x & 15];
-#pragma unroll
-        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][row][threadIdx.x & 15];
-        y += before;
-    }
-    float square = y * y;
-    // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
-#pragma unroll
-    for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
-    if (row < rows) {
-        residual[size_t(row0 + row) * HIDDEN + output] = y;
-        if ((threadIdx.x & 15) == 0) square_sums[(row0 + row) * DOWN_TILES + tile] = square;
-    }
-}
-
-// What this thread's output of the residual stream was.
-DEVICE float residual_before(const float* residual, int row0, int rows) {
-    const int row = threadIdx.x >> 4, output = blockIdx.x * TILE_ROWS + (threadIdx.x & 15);
-    return row < smaller(rows, COLUMNS) ? residual[size_t(row0 + row) * HIDDEN + output] : 0.f;
-}
-
 // The whole of K in one warp, in order: nothing decides a result but its own row.
-DEVICE void down_unit(float (&sum)[4], const DownTiles& at, const u16* row) {
+DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row) {
     constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
     Int4Weight weight[DEPTH];
     Activation x[DEPTH];
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) weight[step].load(at.codes, at.scales, at.first + step);
+    for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
 #pragma unroll
     for (int step = 0; step < DOWN_GROUPS; ++step) {
         weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
         if (step + DEPTH < DOWN_GROUPS) {
-            weight[step % DEPTH].load(at.codes, at.scales, at.first + step + DEPTH);
+            weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
             x[step % DEPTH] = load_direct(row, step + DEPTH);
         }
     }
 }
 
-// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: parts of the shared expert, then
-// the rows' experts.
+// Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
+// or a part of the shared expert.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
-    experts_down(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
+    experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                 int all_rows, TurnCounters* turns, int index, int before) {
+                 int all_rows, TurnCounters* turns, int index, int before_blocks) {
+    const Turn turn = {turns, index, before_blocks};
     __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
-    __shared__ float weights[COLUMNS][TOP_K];
-    __shared__ Chosen<DOWN_WARPS> work;
-    const Turn turn = {turns, index, before};
-    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;
+    const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    work += blockIdx.y * WORK_SIZE;
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
-    const float was = residual_before(residual, row0, rows);
-    logits += row0 * EXPERTS;
-    const int units = SHARED_PARTS + work.list(logits, bias, rows);
-    for (int row = warp_id(); row < rows; row += DOWN_WARPS) weigh_experts(logits + row * EXPERTS, work.chosen[row], weights[row]);
-    await_turn(turn);
+    const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    float before = 0.f;
+    if (threadIdx.x < OUTPUTS && out_row < rows) before = residual[size_t(row0 + out_row) * HIDDEN + output];
 
+    await_turn(turn);
+    // Asked for at once: how much there is, and this warp's first entry (what lies past the count is not used).
+    const int count = work[0], units = SHARED_PARTS + count;
+    const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
+    int expert = work[WORK_EXPERT + mine];
+    u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
     for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
         if (unit < SHARED_PARTS) {
-            const DownTiles at = DownTiles::of(unit, 0, codes, scales, shared_codes, shared_scales);
-            down_unit(sum, at, shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH);
+            const u16* row = shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH;
+            constexpr int GROUPS = SHARED / TILE_INPUTS;
+            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS, row);
 #pragma unroll
             for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
             continue;
         }
-        const Entry entry = work.entries[unit - SHARED_PARTS];
-        const DownTiles at = DownTiles::of(unit, entry.expert, codes, scales, shared_codes, shared_scales);
-        down_unit(sum, at, hidden + (size_t(row0 + in_row) * TOP_K + (entry.slots >> (4 * in_row) & 15)) * WIDTH);
+        const int entry = unit - SHARED_PARTS;
+        if (entry != mine) {
+            expert = work[WORK_EXPERT + entry];
+            mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
+        }
+        const u16* row = hidden + (size_t(row0 + in_row) * TOP_K + (slots >> (4 * in_row) & 15)) * WIDTH;
+        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, row);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = column + (i & 1);
-            if (entry.rows >> c & 1) routed[c][entry.slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
+            if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
         }
     }
     __syncthreads();
-    add_units(residual, square_sums, was, weights, routed, shared_sum, row0, rows);
-    finish_turn(turn);
-}
-
-// ---- experts_down of one row --------------------------------------------------------------------------------------
-
-// All of a unit's weights are asked for before the wait: the first groups wait in registers, the others in shared memory, each lane's
-// for itself.
-constexpr int HELD_GROUPS = smaller(DOWN_GROUPS, 7), LANDED_GROUPS = DOWN_GROUPS - HELD_GROUPS;
-constexpr int UNIT_BYTES = LANDED_GROUPS * (512 + 32) + WIDTH * 2;  // of shared memory a warp: codes, scales, inputs
-
-struct LandedUnit {
-    Int4Weight held[HELD_GROUPS];
-
-    DEVICE void ask(const DownTiles& at, uint4* landing) {
+    float y = 0.f;
+    if (threadIdx.x < OUTPUTS && out_row < rows) {
+        const float* weight = weights + (row0 + out_row) * TOP_K;
 #pragma unroll
-        for (int step = 0; step < HELD_GROUPS; ++step) held[step].load(at.codes, at.scales, at.first + step);
+        for (int slot = 0; slot < TOP_K; ++slot) y += weight[slot] * routed[out_row][slot][threadIdx.x & 15];
 #pragma unroll
-        for (int i = 0; i < LANDED_GROUPS; ++i) {
-            const size_t tile = at.first + HELD_GROUPS + i;
-            copy_async(landing + i * 32 + lane_id(), at.codes + tile * 32 + lane_id());
-        }
-        const u32* landed_scales = at.scales + size_t(at.first + HELD_GROUPS) * 8;
-        for (int i = lane_id(); i < 2 * LANDED_GROUPS; i += 32) copy_async(landing + LANDED_GROUPS * 32 + i, landed_scales + 4 * i);
-        copy_commit();
+        for (int part = 0; part < SHARED_PARTS; ++part) y += shared_sum[part][out_row][threadIdx.x & 15];
+        y += before;
     }
-
-    // x: the row, in shared memory. In down_unit's order.
-    DEVICE void multiply(float (&sum)[4], const uint4* landing, const u16* x) const {
-        const bool present = lane_id() < 4;
-        const u32* scales = reinterpret_cast<const u32*>(landing + LANDED_GROUPS * 32) + (lane_id() >> 2);
+    float square = y * y;
+    // 16 neighbouring lanes hold 16 neighbouring outputs of one row.
 #pragma unroll
-        for (int step = 0; step < DOWN_GROUPS; ++step) {
-            const Activation now = load_activation(x, 0, step, present);
-            if (step < HELD_GROUPS) {
-                held[step].multiply(sum, now);
-            } else {
-                const int i = step - HELD_GROUPS;
-                int4_tile(sum, landing[i * 32 + lane_id()], scales[i * 8], now);
-            }
-        }
+    for (int offset = 8; offset; offset >>= 1) square += __shfl_xor_sync(ALL, square, offset);
+    if (threadIdx.x < OUTPUTS && out_row < rows) {
+        residual[size_t(row0 + out_row) * HIDDEN + output] = y;
+        if ((threadIdx.x & 15) == 0) square_sums[(row0 + out_row) * TILES + tile] = square;
     }
-};
-
-// Block (tile): 16 values of the residual stream. A warp a unit.
-extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
-    experts_down_row(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
-                     const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                     TurnCounters* turns, int index, int before) {
-    __shared__ float routed[1][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS], weights[1][TOP_K];
-    __shared__ int chosen[DOWN_WARPS][TOP_K];
-    extern __shared__ uint4 shared[];
-    uint4* landing = shared + warp_id() * (UNIT_BYTES / 16);
-    u16* x = reinterpret_cast<u16*>(landing + LANDED_GROUPS * 34);
-    const Turn turn = {turns, index, before};
-    constexpr int UNITS = SHARED_PARTS + TOP_K;
-    const float was = residual_before(residual, 0, 1);
-    LandedUnit unit_weights;
-    // The logits are of the launch before the last: the choice waits for nobody, and every warp makes it for itself.
-    auto ask = [&](int unit) {
-        const int expert = unit < SHARED_PARTS ? 0 : chosen[warp_id()][unit - SHARED_PARTS];
-        unit_weights.ask(DownTiles::of(unit, expert, codes, scales, shared_codes, shared_scales), landing);
-    };
-    choose_experts(logits, bias, chosen[warp_id()], TOP_K);
-    __syncwarp();
-    if (warp_id() < UNITS) ask(warp_id());
-    if (warp_id() == 0) weigh_experts(logits, chosen[0], weights[0]);
-    await_turn(turn);
-
-    for (int unit = warp_id(); unit < UNITS; unit += DOWN_WARPS) {
-        if (UNITS > DOWN_WARPS && unit != warp_id()) ask(unit);
-        const u16* row = unit < SHARED_PARTS ? shared_hidden + unit * WIDTH : hidden + (unit - SHARED_PARTS) * WIDTH;
-        for (int i = lane_id(); i < WIDTH / 8; i += 32) copy_async(x + i * 8, row + i * 8);
-        copy_commit();
-        copy_wait<0>();
-        __syncwarp();
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        unit_weights.multiply(sum, landing, x);
-        __syncwarp();
-        if ((lane_id() & 3) == 0) {  // column 0
-            float* to = unit < SHARED_PARTS ? shared_sum[unit][0] : routed[0][unit - SHARED_PARTS];
-            to[lane_id() >> 2] = sum[0];
-            to[(lane_id() >> 2) + 8] = sum[2];
-        }
-    }
-    __syncthreads();
-    add_units(residual, square_sums, was, weights, routed, shared_sum, 0, 1);
     finish_turn(turn);
 }

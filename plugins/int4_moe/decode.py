@@ -78,6 +78,8 @@ class MoEWorkspace:
     """Buffers of a layer, for up to `rows` rows; layers can share them."""
 
     logits: Tensor
+    weights: Tensor
+    work: Tensor
     inputs: Tensor
     hidden: Tensor
     shared: Tensor
@@ -86,10 +88,13 @@ class MoEWorkspace:
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> MoEWorkspace:
         """Room for `rows` rows of layers like `weights`."""
         experts, hidden = weights.router.shape
+        k, tiles = weights.routing.top_k, -(-rows // COLUMNS)
         return cls(
             torch.empty(rows, experts, device=device),
+            torch.empty(rows, k, device=device),
+            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, experts), dtype=torch.int32, device=device),
             torch.empty(rows, hidden, dtype=torch.half, device=device),
-            torch.empty(rows, weights.routing.top_k, weights.width, dtype=torch.half, device=device),
+            torch.empty(rows, k, weights.width, dtype=torch.half, device=device),
             torch.empty(rows, max(1, weights.shared_width), dtype=torch.half, device=device),
         )
 
@@ -127,14 +132,14 @@ def route(
 
 
 def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None) -> None:
-    """Choose the experts, and run the chosen ones up to their gated products."""
+    """Choose the experts, list the work, and run the chosen ones up to their gated products."""
     check_rows(rows)
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
     launch_in_turn(
-        turns, kernel(SOURCE, "experts_up", weights.macros), (weights.width // 16, entries, -(-rows // COLUMNS)),
-        32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
-        weights.proj.pre_quant_scale, workspace.hidden, rows,
+        turns, kernel(SOURCE, "experts_up", weights.macros), (1 + weights.width // 16, entries, -(-rows // COLUMNS)),
+        32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, workspace.weights, workspace.work,
+        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, rows,
     )  # fmt: skip
 
 
@@ -149,20 +154,9 @@ def experts_down(
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
     shared = weights.shared_proj
-    grid, block = (residual.shape[1] // 16, -(-rows // COLUMNS)), 32 * _DOWN_WARPS
-    arguments = (
-        workspace.hidden, workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes,
+    launch_in_turn(
+        turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
+        32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work, workspace.weights, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
-        square_sums,
+        square_sums, rows,
     )  # fmt: skip
-    if rows == 1:
-        launch = kernel(SOURCE, "experts_down_row", weights.macros)
-        launch_in_turn(turns, launch, grid, block, *arguments, shared=down_shared_bytes(weights.width))
-    else:
-        launch_in_turn(turns, kernel(SOURCE, "experts_down", weights.macros), grid, block, *arguments, rows)
-
-
-def down_shared_bytes(width: int) -> int:
-    """Shared memory of a block of `experts_down_row`: of each warp the groups that registers do not hold, and its inputs."""
-    groups = width // 64
-    return _DOWN_WARPS * ((512 + 32) * (groups - min(groups, 7)) + 2 * width)
