@@ -89,3 +89,5 @@ def test_experts(model: str, arch: str) -> None:
     shared = {"route": route}
     threads = {"route": 256, "experts_up": 128, "experts_down": 256}
     check(moe.SOURCE, dict(macros), arch, threads, shared)
+    threads = {"route_row": 256, "experts_up_row": 128, "experts_down_row": 512}
+    check(moe.ROW_SOURCE, dict(macros), arch, threads, {"experts_down_row": moe.row_down_bytes(width)})

@@ -3,19 +3,14 @@
 // experts_down. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
-#include "int4_moe/routing.cuh"
+#include "int4_moe/router.cuh"
 #include "int4_linear/weights.cuh"
-#include "turns.cuh"
 
 // The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
 // row has it in, 4 bits a row.
 constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
 constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
 
-constexpr int ROUTE_WARPS = 8;
-constexpr int ROUTER_PARTS = 2, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
-constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTER_EXPERTS - 1) / ROUTER_EXPERTS;
-constexpr int INPUT_QUADS = 64, INPUT_BLOCKS = (QUADS + INPUT_QUADS - 1) / INPUT_QUADS;  // of the experts' inputs
 static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 
 // ---- the shared expert's first half -----------------------------------------------------------------------------
@@ -84,39 +79,6 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
 #else
 constexpr int SHARED_BLOCKS = 0;
 #endif
-
-// A block of the router: its experts' logits [all rows, EXPERTS].
-DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
-                          float* logits, int rows, const Turn& turn) {
-    __shared__ float sums[COLUMNS][ROUTE_WARPS];
-    const int expert = blockIdx.x * ROUTER_EXPERTS + warp_id() / ROUTER_PARTS;
-    RouterRow<ROUTER_PARTS> held;
-    if (expert < EXPERTS) held.load(router, norm, expert, warp_id() % ROUTER_PARTS);
-    await_turn(turn);
-    if (expert < EXPERTS)
-        held.multiply(residual, square_sums, eps, rows, [&](int row, float sum) { sums[row][warp_id()] = sum; });
-    __syncthreads();
-    const int row = threadIdx.x / ROUTER_EXPERTS, mine = threadIdx.x % ROUTER_EXPERTS;
-    if (row < rows && blockIdx.x * ROUTER_EXPERTS + mine < EXPERTS)
-        logits[row * EXPERTS + blockIdx.x * ROUTER_EXPERTS + mine] = sum_partials<ROUTER_PARTS>(&sums[row][mine * ROUTER_PARTS], 1);
-}
-
-// A block's part of what the experts read: half(x * rms * norm * scale).
-DEVICE void expert_inputs(const float* residual, const float* square_sums, const u16* norm, float eps, const u16* scale, u16* inputs,
-                          int rows, const Turn& turn) {
-    fetch_halves(norm, HIDDEN);
-    if (EXPERT_SCALED) fetch_halves(scale, HIDDEN);
-    await_turn(turn);
-    const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
-    for (int base = warp_id() * 32; base < rows * INPUT_QUADS; base += 32 * ROUTE_WARPS) {  // whole warps, for the shuffle
-        const int row = (base + lane_id()) / INPUT_QUADS;
-        const int quad = (blockIdx.x - ROUTER_BLOCKS) * INPUT_QUADS + (base + lane_id()) % INPUT_QUADS;
-        const float r = __shfl_sync(ALL, rms, 4 * row);
-        if (quad < QUADS)
-            reinterpret_cast<uint2*>(inputs + size_t(row) * HIDDEN)[quad] =
-                normalised_quad(residual + size_t(row) * HIDDEN, norm, EXPERT_SCALED ? scale : nullptr, quad, r);
-    }
-}
 
 // Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
 // the shared expert's.
@@ -249,6 +211,8 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 
 constexpr int DOWN_WARPS = 8;
 constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
+// The sum over K of a unit (an expert, or a part of the shared one) is that of its first groups and that of the others.
+constexpr int FIRST_GROUPS = (DOWN_GROUPS + 1) / 2;
 constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
 static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
@@ -257,18 +221,21 @@ DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, in
     constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
     Int4Weight weight[DEPTH];
     Activation x[DEPTH];
+    float rest[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
 #pragma unroll
     for (int step = 0; step < DOWN_GROUPS; ++step) {
-        weight[step % DEPTH].multiply(sum, x[step % DEPTH]);
+        weight[step % DEPTH].multiply(step < FIRST_GROUPS ? sum : rest, x[step % DEPTH]);
         if (step + DEPTH < DOWN_GROUPS) {
             weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
             x[step % DEPTH] = load_direct(row, step + DEPTH);
         }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += rest[i];
 }
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,

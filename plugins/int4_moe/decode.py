@@ -12,9 +12,9 @@ from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
-SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS = 8, 4, 8
-_ROUTER_EXPERTS, _INPUT_VALUES = 4, 256
+SOURCE, ROW_SOURCE = "int4_moe/decode.cu", "int4_moe/row.cu"
+_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS, _ROW_DOWN_WARPS = 8, 4, 8, 16
+_ROUTER_EXPERTS, _INPUT_VALUES = 2, 256
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,9 @@ def moe_decode(
 
     turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
     """
+    if rows == 1:
+        _decode_row(residual, norm, weights, workspace, turns)
+        return
     route(residual, norm, weights, workspace, rows, turns)
     experts_up(weights, workspace, rows, turns)
     experts_down(residual, norm.square_sums, weights, workspace, rows, turns)
@@ -118,7 +121,7 @@ def route(
     check_rows(rows)
     experts, hidden = weights.router.shape
     shared_tiles = weights.shared_width // 16
-    blocks = -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES) + shared_tiles
+    blocks = _router_blocks(experts, hidden) + shared_tiles
     grid = (blocks, -(-rows // COLUMNS))
     fc, proj = weights.shared_fc, weights.shared_proj
     shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
@@ -160,3 +163,40 @@ def experts_down(
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
         square_sums, rows,
     )  # fmt: skip
+
+
+def _decode_row(
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None
+) -> None:
+    """The layer of one row: kernels that overlap better, with the same bits."""
+    experts, hidden = weights.router.shape
+    fc, proj = weights.shared_fc, weights.shared_proj
+    stream = (residual, norm.square_sums, norm.weight, norm.eps)
+    launch_in_turn(
+        turns, kernel(ROW_SOURCE, "route_row", weights.macros), (_router_blocks(experts, hidden),), 32 * _ROUTE_WARPS, *stream,
+        weights.router, weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
+    )  # fmt: skip
+    parts = weights.shared_width // weights.width
+    launch_in_turn(
+        turns, kernel(ROW_SOURCE, "experts_up_row", weights.macros), (weights.width // 16, parts + weights.routing.top_k),
+        32 * _UP_WARPS, *stream, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes,
+        weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, None if fc is None else fc.pre_quant_scale,
+        None if fc is None else fc.codes, None if fc is None else fc.scales, None if proj is None else proj.pre_quant_scale,
+        workspace.shared,
+    )  # fmt: skip
+    launch_in_turn(
+        turns, kernel(ROW_SOURCE, "experts_down_row", weights.macros), (hidden // 16,), 32 * _ROW_DOWN_WARPS, workspace.hidden,
+        workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes, weights.proj.scales,
+        None if proj is None else proj.codes, None if proj is None else proj.scales, residual, norm.square_sums,
+        shared=row_down_bytes(weights.width),
+    )  # fmt: skip
+
+
+def _router_blocks(experts: int, hidden: int) -> int:
+    return -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES)
+
+
+def row_down_bytes(width: int) -> int:
+    """Dynamic shared memory of a block of `experts_down_row`: of each warp its weights and inputs."""
+    groups = -(-(width // 64) // 2)
+    return _ROW_DOWN_WARPS * (512 * min(groups, 8) + (32 + 128) * groups)
