@@ -15,6 +15,7 @@ from trtvlm.plugins.cuda.occupancy import Device, Multiprocessor
 from trtvlm.plugins.cuda.turns import Turns
 from trtvlm.plugins.embedding.cuda import embed
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
+from trtvlm.runtime.cuda import decode
 from trtvlm.runtime.cuda.decode import DecodeProgram
 from trtvlm.runtime.cuda.weights import LanguageWeights, load_weights
 
@@ -86,7 +87,8 @@ def test_a_step_on_the_emulator(model: str) -> None:
 @pytest.mark.parametrize("multiprocessors", [None, 6])
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 16])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_captured_step(model: str, rows: int, multiprocessors: int | None) -> None:
+def test_a_captured_step(model: str, rows: int, multiprocessors: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "OVERLAPPING_ROWS", 16)
     weights = load_weights(RandomCheckpoint(language_size(model)))
     vocab, positions = weights.config.vocab_size, 256
     both = programs(weights, positions, rows)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import check_rows
@@ -47,13 +48,15 @@ def gqa_decode(
     workspace: GQAWorkspace,
     rows: int,
     span: int,
+    coming: Ahead = NOTHING,
     turns: Turns | None = None,
 ) -> None:
     """Append rows at cursor int32 [1] to the caches half [kv_heads, S, d], and attend.
 
     qkv half [rows, (heads + 2 * kv_heads) * d] as projected, or its three parts apart, rope: float32 tables
-    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. turns: of the step,
-    if its launches overlap. ValueError: more than 16 rows, more than 2 query heads a key head, or heads wider than 128.
+    [positions, d / 2], out half [rows, heads * d]. span: positions that the cursor and the rows stay within. coming: weights
+    that later launches read (`trtvlm.plugins.cuda.ahead`), for launches that do not overlap; turns: of the step, if they do.
+    ValueError: more than 16 rows, more than 2 query heads a key head, or heads wider than 128.
     """
     check_rows(rows)
     kv_heads, positions, width = key_cache.shape
@@ -68,10 +71,11 @@ def gqa_decode(
     scale = width**-0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     tiles = -(-rows // ROWS)
+    extra = BLOCKS if coming.count and turns is None else 0
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room, kv_heads, tiles), 32 * _WARPS, q, q.stride(0), k, v,
+        turns, kernel(SOURCE, "attend", macros), (room + extra, kv_heads, tiles), 32 * _WARPS, q, q.stride(0), k, v,
         k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks,
-        rows,
+        rows, room, coming.pieces, coming.count,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
     launch_in_turn(

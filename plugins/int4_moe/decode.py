@@ -62,6 +62,12 @@ class MoEWeights:
         return 0 if self.shared_proj is None else 64 * self.shared_proj.codes.shape[1]
 
     @property
+    def coming(self) -> list[Tensor | None]:
+        """The weights that every token reads, in order."""
+        shared = [part for part in (self.shared_fc, self.shared_proj) if part is not None]
+        return [self.router, *(tensor for part in shared for tensor in (part.codes, part.scales))]
+
+    @property
     def macros(self) -> Defines:
         """What the kernels are compiled for."""
         shared_scale = None if self.shared_fc is None else self.shared_fc.pre_quant_scale

@@ -257,14 +257,18 @@ DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* 
     }
 }
 
-// Block (chunk, tile of 16 heads, row). outputs half [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is how many
+// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs half [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is how many
 // the workspace has room for. Scores are in units of log2(e).
-extern "C" __global__ void __launch_bounds__(ATTEND_THREADS)
+extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, 1)
     attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
-           float scale, u16* outputs, Share* shares, int chunks, TurnCounters* turns,
+           float scale, u16* outputs, Share* shares, int chunks, int room, const u64* ahead, int ahead_count, TurnCounters* turns,
            int index, int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
+    if (blockIdx.x >= room) {  // of launches that do not overlap
+        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
+        return;
+    }
     u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]
     u16* mine = keys + CHUNK * KEY_STRIDE;              // [16][KEY_STRIDE]
     u16* weights = mine + 16 * KEY_STRIDE;              // [16][WEIGHT_STRIDE]

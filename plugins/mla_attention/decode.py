@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import half_tiles
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
@@ -87,6 +88,7 @@ def mla_decode(
     workspace: MLAWorkspace,
     rows: int,
     span: int,
+    coming: Ahead = NOTHING,
     turns: Turns | None = None,
     scales: Tensor | None = None,
 ) -> None:
@@ -95,7 +97,8 @@ def mla_decode(
     With scales half [S], latent_cache is int8 codes (`trtvlm.model.latent_codes`).
     q half [rows, heads * (nope + rope)], kv half [rows, rank + rope] as projected, or its two parts apart, rope: float32
     tables [positions, rope / 2], out half [rows, heads * v]. span: positions that the cursor and the rows stay within.
-    turns: of the step, if its launches overlap.
+    coming: weights that later launches read (`trtvlm.plugins.cuda.ahead`), for launches that do not overlap; turns: of the
+    step, if they do.
     ValueError: more than 16 rows.
     """
     check_rows(rows)
@@ -135,9 +138,11 @@ def mla_decode(
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     heads16 = -(-w.heads // 16)
+    extra = BLOCKS if coming.count and turns is None else 0
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room, heads16, rows), 32 * _ATTEND_WARPS,
-        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, shared=shared,
+        turns, kernel(SOURCE, "attend", macros), (room + extra, heads16, rows), 32 * _ATTEND_WARPS,
+        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, room,
+        coming.pieces, coming.count, shared=shared,
     )  # fmt: skip
     launch_in_turn(
         turns, kernel(SOURCE, "combine", macros), (w.heads * (w.value // 16 // combine_tiles), rows),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.model.cache import HeadCache, KVCache, LatentCache
+from trtvlm.plugins.cuda.ahead import NOTHING, Ahead, ahead
 from trtvlm.plugins.cuda.turns import Turns
 from trtvlm.plugins.embedding.cuda import embed
 from trtvlm.plugins.gqa_attention.decode import GQAWorkspace, gqa_decode
@@ -27,11 +28,13 @@ from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
 
 Candidates = tuple[Tensor, Tensor]
 _LAUNCHES = 8  # of a layer, at most
+OVERLAPPING_ROWS = 4
+"""Steps of more rows have more blocks than leave room for another launch, and gain more from weights fetched ahead."""
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A decoder layer as its launches want it."""
+    """A decoder layer as its launches want it. coming: what its attention brings into L2 where launches do not overlap."""
 
     input_norm: Norm
     post_norm: Norm
@@ -41,13 +44,14 @@ class _Layer:
     moe: MoEWeights | None
     fc: LinearWeight | None
     proj: LinearWeight | None
+    coming: Ahead
 
 
 class DecodeProgram:
     """Launches steps of 1 to `max_rows` rows over caches of `positions` positions (batch 1).
 
     `logits` float32 [max_rows, V] is written when a step asks for it; `found` are the head's candidates, always.
-    overlap: the launches of a captured step overlap (`trtvlm.plugins.cuda.turns`).
+    overlap: the launches of a captured step of few rows overlap (`trtvlm.plugins.cuda.turns`).
     """
 
     def __init__(
@@ -97,7 +101,8 @@ class DecodeProgram:
 
         chosen_from: another step's candidates (values [blocks], tokens [blocks]) that the last token is chosen from first.
         """
-        turns = self._turns if self._turns is not None and torch.cuda.is_current_stream_capturing() else None
+        overlaps = self._turns is not None and rows <= OVERLAPPING_ROWS and torch.cuda.is_current_stream_capturing()
+        turns = self._turns if overlaps else None
         counters = None if turns is None else turns.counters
         embed(tokens, self.weights.embedding, self.residual, self.square_sums, rows, chosen_from, counters)
         if turns is not None:
@@ -160,7 +165,7 @@ class DecodeProgram:
             assert isinstance(self._attention, MLAWorkspace)
             mla_decode(
                 self._q, self._kv, layer.mla, rope, cache.latent[0], cache.k_pe[0], cursor, self._attended,
-                self._attention, rows, span, turns,
+                self._attention, rows, span, layer.coming, turns,
                 None if cache.scales is None else cache.scales[0],
             )  # fmt: skip
             return
@@ -177,6 +182,7 @@ class DecodeProgram:
             self._attention,
             rows,
             span,
+            layer.coming,
             turns,
         )
 
@@ -192,6 +198,7 @@ class DecodeProgram:
                 *shared,
             )  # fmt: skip
         dense = layer.moe is None
+        coming = [layer.dense.codes, layer.dense.scales, *([] if moe is None else moe.coming)]
         return _Layer(
             Norm(layer.input_norm, self.square_sums, self.weights.eps),
             Norm(layer.post_norm, self.square_sums, self.weights.eps),
@@ -201,6 +208,7 @@ class DecodeProgram:
             moe,
             _linear(layer.fc) if dense and layer.fc is not None else None,
             _linear(layer.proj) if dense and layer.proj is not None else None,
+            ahead(coming) if layer.dense.codes.is_cuda else NOTHING,
         )
 
 

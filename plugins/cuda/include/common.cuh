@@ -86,6 +86,16 @@ DEVICE void copy_wait() {
 
 DEVICE void fetch_line(const char* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
+// Weights that later launches will read, brought into L2 while this one leaves the memory idle: `pieces` of a start and a number
+// of bytes each. Part `part` of `parts` blocks; a line of 128 bytes a thread at a time.
+DEVICE void fetch_ahead(const u64* pieces, int count, int part, int parts) {
+    for (int i = 0; i < count; ++i) {
+        const char* start = reinterpret_cast<const char*>(pieces[2 * i]);
+        const int bytes = int(pieces[2 * i + 1]);
+        for (int at = (part * blockDim.x + threadIdx.x) * 128; at < bytes; at += parts * blockDim.x * 128) fetch_line(start + at);
+    }
+}
+
 // ---- tensor cores -------------------------------------------------------------------------------------------------
 
 // c += a * b for a tile of 16 x 8 x 16, halves in, floats out (PTX ISA, mma.m16n8k16). With g = lane / 4, t = lane % 4:
