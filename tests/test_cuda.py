@@ -64,3 +64,10 @@ def test_rows_beyond_the_kernels_are_refused() -> None:
     weights = load_weights(RandomCheckpoint(config, device="cpu"), "cpu")
     with pytest.raises(ValueError, match="rows"):
         DecodeProgram(weights, KVCache(config, 1, 128, torch.half), max_rows=17)
+
+
+def test_a_best_token_that_differs_is_measured() -> None:
+    expected = torch.tensor([[0.0, 3.0, 2.9, -5.0], [1.0, 0.0, 0.0, 0.0]])
+    found = torch.tensor([[0.0, 2.9, 3.0, -5.0], [1.0, 0.0, 0.0, 0.0]])
+    assert check_cuda.top1_margin(expected, expected) == 0.0
+    assert check_cuda.top1_margin(found, expected) == pytest.approx(0.1 / float(expected[0].std()), rel=1e-4)

@@ -33,8 +33,7 @@ class Kernel:
         self._shared = 0
         self._registers = _attribute(self._kernel, "NUM_REGS")
         self._static = _attribute(self._kernel, "SHARED_SIZE_BYTES")
-        # One division of L1 for all: a multiprocessor changes it only when it is idle, so kernels that differ cannot overlap.
-        _set_attribute(self._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
+        self._overlaps = False
 
     def __call__(
         self,
@@ -57,6 +56,15 @@ class Kernel:
         """What a block of `block` threads and `shared` bytes of dynamic shared memory takes of a multiprocessor."""
         return Use.of(self._registers, block, self._static + shared)
 
+    def overlap(self) -> None:
+        """From now on this kernel's blocks can stand beside another kernel's on a multiprocessor.
+
+        That takes one division of L1 for both, as a multiprocessor changes it only when it is idle: all of it is shared memory.
+        """
+        if not self._overlaps:
+            _set_attribute(self._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
+            self._overlaps = True
+
 
 class Launch(Protocol):
     """What can be called as a `Kernel` can."""
@@ -71,6 +79,9 @@ class Launch(Protocol):
 
     def use(self, block: int, shared: int = 0) -> Use:
         """What a block takes of a multiprocessor."""
+
+    def overlap(self) -> None:
+        """Let its blocks stand beside another kernel's."""
 
 
 def kernel(path: str, name: str, macros: Defines = (), device: int | None = None) -> Launch:

@@ -76,6 +76,9 @@ class Recorded:
     def use(self, block: int, shared: int = 0) -> Use:
         return Use(0, 8 if self.large else 1, 0)
 
+    def overlap(self) -> None:
+        pass
+
 
 ROOM = Device(4, Multiprocessor(0, 8, 0, 8))
 

@@ -157,5 +157,6 @@ def launch_in_turn(
         launch(grid, block, *arguments, None, 0, 0, shared=shared)
         return
     blocks = math.prod(grid)
+    launch.overlap()
     with turns.next(blocks, launch.use(block, shared), blocks if finishing is None else finishing) as turn:
         launch(grid, block, *arguments, *turn, shared=shared)

@@ -16,9 +16,6 @@ from trtvlm.plugins.step_bytes import CACHE, EMBEDDING, moved_bytes
 from trtvlm.runtime.cuda.measure import Launch
 
 PROFILED = 20
-STACK = "stack"
-"""The kernel that does what it is given of all layers in one launch."""
-_LAYERS = ("linear", "absorb", "attend", "combine", "route", "experts_up", "experts_down")
 
 
 def kernel_bytes(
@@ -32,13 +29,13 @@ def kernel_bytes(
         if "kv_b_proj" in name:
             shares = {"absorb": key / (key + value), "combine": value / (key + value)}
         else:
-            shares = {_kernel_of(config, name): 1.0}
+            shares = {_kernel_of(config, name, rows): 1.0}
         for kernel, share in shares.items():
             found[kernel] = found.get(kernel, 0) + share * size
     return found
 
 
-def _kernel_of(config: LanguageConfig, name: str) -> str:
+def _kernel_of(config: LanguageConfig, name: str, rows: int) -> str:
     if name == CACHE:
         return "attend"
     if name == EMBEDDING:
@@ -51,17 +48,13 @@ def _kernel_of(config: LanguageConfig, name: str) -> str:
         return "absorb"
     if not moe or part.startswith(("attention.", "input_layernorm.")):
         return "linear"
+    if rows == 1:  # kernels of its own (`int4_moe/row.cu`), where the shared expert goes beside the routed ones
+        if part.startswith(("post_layernorm.", "mlp.router.")):
+            return "route_row"
+        return "experts_down_row" if part.startswith(("mlp.proj.", "mlp.shared_expert.proj.")) else "experts_up_row"
     if part.startswith(("post_layernorm.", "mlp.router.", "mlp.shared_expert.fc.", "mlp.shared_expert.gate.")):
         return "route"
     return "experts_down" if part.startswith(("mlp.proj.", "mlp.shared_expert.proj.")) else "experts_up"
-
-
-def shared_out(bytes_of: dict[str, float], seen: set[str]) -> dict[str, float]:
-    """The same bytes over the kernels that were seen: what a layer's kernel that is not there would move is STACK's."""
-    found = {name: size for name, size in bytes_of.items() if name in seen}
-    if STACK in seen:
-        found[STACK] = sum(bytes_of.get(name, 0) for name in _LAYERS if name not in seen)
-    return found
 
 
 def profile_kernels(replay: Launch, state: Tensor, states: Tensor) -> dict[str, tuple[float, int]]:
@@ -89,7 +82,6 @@ def measure_operators(
 ) -> dict[str, dict[str, Any]]:
     """{kernel: {"us": of one launch, "launches": a step, "bytes": of one launch, where they are counted}}, slowest first."""
     times = profiler(replay, state, states)
-    bytes_of = shared_out(bytes_of, set(times))
     found: dict[str, dict[str, Any]] = {}
     for name, (us, launches) in sorted(times.items(), key=lambda each: -each[1][0] * each[1][1]):
         found[name] = {"us": round(us, 3), "launches": launches}

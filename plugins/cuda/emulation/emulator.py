@@ -142,6 +142,9 @@ class EmulatedKernel:
         """What a block takes; registers and static shared memory are not known here, and count for nothing."""
         return Use.of(0, block, shared)
 
+    def overlap(self) -> None:
+        """As `launch.Kernel.overlap`; here one launch ends before the next begins."""
+
 
 @cache
 def emulated_kernel(path: str, name: str, macros: launch.Defines = ()) -> EmulatedKernel:
