@@ -153,10 +153,11 @@ def launch_in_turn(
 
     finishing: blocks that call finish_turn, if not all.
     """
+    # Also where it does not overlap now: kernels meet their first launch before anything is captured.
+    launch.overlap()
     if turns is None:
         launch(grid, block, *arguments, None, 0, 0, shared=shared)
         return
     blocks = math.prod(grid)
-    launch.overlap()
     with turns.next(blocks, launch.use(block, shared), blocks if finishing is None else finishing) as turn:
         launch(grid, block, *arguments, *turn, shared=shared)
