@@ -15,9 +15,9 @@ its blocks find room at once, and some multiprocessor then has room for a block 
 them (`occupancy.Device.leaves_room`); otherwise it follows n - 1 in the same queue. Blocks of n - 1 wait for nothing any more,
 so that they end one after the other, even if those of n came first. They may: both launches can be waiting for the end of the
 same one. (All blocks of n, because a launch's blocks are given out only after all of a launch that came before: Amert et al.,
-GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, which `Kernel` asks
-for; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy calculators do, that
-what is free of a multiprocessor can be given to one block.
+GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, which
+`Kernel.overlap` asks for; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy
+calculators do, that what is free of a multiprocessor can be given to one block.
 
 Both queues must run at once, or else launches one by one in the order of launching, as under tools that let no two kernels
 run together: all that is waited for is there then, since no launch waits for a later one. CUDA graphs do so in practice. Only

@@ -91,7 +91,13 @@ def bench(name: str) -> None:
         shared = random_mlp(hidden, beside, None, "cuda", scaled=True) if beside else None
         layers.append(weights_of(config, experts, shared, "cuda"))
     for rows in (1, 4, 8):
-        launches: dict[str, list[Callable[[], None]]] = {"route": [], "experts_up": [], "experts_down": []}
+        names = (
+            "route",
+            "experts_up",
+            "experts_down",
+            "layer",
+        )  # of one row, a layer is three kernels of its own (row.cu)
+        launches: dict[str, list[Callable[[], None]]] = {name: [] for name in names}
         chosen = 0
         for weights in layers:
             residual = torch.randn(rows, hidden, device="cuda")
@@ -99,12 +105,16 @@ def bench(name: str) -> None:
             workspace = MoEWorkspace.allocate(weights, rows, "cuda")
             # Leaves the logits and the work list. The residual grows with every replay: only the time is asked for.
             out, sums = residual.clone(), norm.square_sums.clone()
-            decode.moe_decode(out, Norm(norm.weight, sums, EPS), weights, workspace, rows)
+            decode.route(residual, norm, weights, workspace, rows)
+            decode.experts_up(weights, workspace, rows)
             chosen += int(workspace.work[0, 0])
             launches["route"].append(partial(decode.route, residual, norm, weights, workspace, rows))
             launches["experts_up"].append(partial(decode.experts_up, weights, workspace, rows))
             launches["experts_down"].append(partial(decode.experts_down, out, sums, weights, workspace, rows))
+            alone = Norm(norm.weight, sums, EPS)
+            launches["layer"].append(partial(decode.moe_decode, out, alone, weights, workspace, rows))
         sizes = read_bytes(config, round(chosen / LAYERS))
+        sizes["layer"] = sum(sizes.values())
         for kernel, calls in launches.items():
             time, size = time_graph(calls), sizes[kernel]
             print(f"{name:20} M={rows} {kernel:12} {time:7.2f} us {size / 1e6:7.2f} MB {size / time / 1e3:7.0f} GB/s")

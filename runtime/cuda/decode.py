@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
 
 Candidates = tuple[Tensor, Tensor]
 _LAUNCHES = 8  # of a layer, at most
+OVERLAP_VARIABLE = "TRTVLM_OVERLAP"
+"""Of the environment: "0" keeps launches from overlapping, should a driver not run a graph's two branches at once."""
 OVERLAPPING_ROWS = 4
 """Steps of more rows have more blocks than leave room for another launch, and gain more from weights fetched ahead."""
 
@@ -51,7 +54,7 @@ class DecodeProgram:
     """Launches steps of 1 to `max_rows` rows over caches of `positions` positions (batch 1).
 
     `logits` float32 [max_rows, V] is written when a step asks for it; `found` are the head's candidates, always.
-    overlap: the launches of a captured step of few rows overlap (`trtvlm.plugins.cuda.turns`).
+    overlap: the launches of a captured step of few rows overlap (`trtvlm.plugins.cuda.turns`), unless $TRTVLM_OVERLAP is 0.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class DecodeProgram:
         self._layers = [self._pack(layer) for layer in weights.layers]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
         launches = _LAUNCHES * len(self._layers) + 1
+        overlap = overlap and os.environ.get(OVERLAP_VARIABLE) != "0"
         self._turns = Turns(launches, device) if overlap and device.type == "cuda" else None
         self.found = candidates(config.vocab_size, rows, device)
         self.logits = torch.zeros(rows, config.vocab_size, device=device)
