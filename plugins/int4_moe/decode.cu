@@ -5,6 +5,7 @@
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/router.cuh"
+#include "int4_moe/sums.cuh"
 #include "int4_linear/weights.cuh"
 
 // The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
@@ -17,26 +18,20 @@ static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
 // ---- the shared expert's first half -----------------------------------------------------------------------------
 
 #if SHARED
-constexpr int SHARED_TILES = SHARED / TILE_ROWS;
-constexpr int SHARED_PAIRS = 1;  // pairs of up and gate tiles a block
-constexpr int SHARED_BLOCKS = (SHARED_TILES + SHARED_PAIRS - 1) / SHARED_PAIRS;
+constexpr int SHARED_BLOCKS = SHARED / TILE_ROWS;  // a block a tile of up weights, and its gates
 using Shared = Slice<HIDDEN, ROUTE_WARPS>;
 
 DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
                       const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
                       int rows, const Turn& turn) {
-    constexpr int TILES = 2 * SHARED_PAIRS, DEPTH = smaller(Shared::STEPS, larger(1, 16 / TILES));
-    const int first = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * SHARED_PAIRS;
-    auto tile_of = [&](int r) {
-        const int item = smaller(first + r % SHARED_PAIRS, SHARED_TILES - 1);
-        return r < SHARED_PAIRS ? item : SHARED_TILES + item;
-    };
+    constexpr int TILES = 2, DEPTH = smaller(Shared::STEPS, 8);
+    const int tile = blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS;
     Int4Weight weight[DEPTH][TILES];
     auto load = [&](int step) {
         if (Shared::has(step)) {
 #pragma unroll
             for (int r = 0; r < TILES; ++r)
-                weight[step % DEPTH][r].load(codes, scales, tile_of(r) * Shared::GROUPS + Shared::group(step));
+                weight[step % DEPTH][r].load(codes, scales, (tile + r * SHARED_BLOCKS) * Shared::GROUPS + Shared::group(step));
         }
     };
 #pragma unroll
@@ -64,18 +59,13 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
     for (int r = 0; r < TILES; ++r) store_partial(partial + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
     __syncthreads();
     partial -= warp_id() * bytes / 4;
-    for (int index = threadIdx.x; index < SHARED_PAIRS * COLUMNS * TILE_ROWS; index += 32 * ROUTE_WARPS) {
-        const int pair = index / (COLUMNS * TILE_ROWS), column = (index >> 4) % COLUMNS;
-        const int output = (first + pair) * TILE_ROWS + (index & 15);
-        if (column >= rows || first + pair >= SHARED_TILES) continue;
-        const int place = (pair * COLUMNS + column) * PARTIAL_COLUMN + (index & 15);
-        const float up = sum_partials<ROUTE_WARPS>(partial + place, bytes / 4);
-        const float gate =
-            sum_partials<ROUTE_WARPS>(partial + place + SHARED_PAIRS * COLUMNS * PARTIAL_COLUMN, bytes / 4);
-        float y = up * silu(gate);
-        if (next_scale) y *= half_to_float(next_scale[output]);
-        out[size_t(column) * SHARED + output] = float_to_half(y);
-    }
+    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    if (column >= rows) return;
+    const float* at = partial + column * PARTIAL_COLUMN + (threadIdx.x & 15);
+    float y = sum_partials<ROUTE_WARPS>(at, bytes / 4);
+    y *= silu(sum_partials<ROUTE_WARPS>(at + COLUMNS * PARTIAL_COLUMN, bytes / 4));
+    if (next_scale) y *= half_to_float(next_scale[output]);
+    out[size_t(column) * SHARED + output] = float_to_half(y);
 }
 #else
 constexpr int SHARED_BLOCKS = 0;
@@ -108,9 +98,6 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
 
 // ---- experts ------------------------------------------------------------------------------------------------------
 
-constexpr int UP_WARPS = 4;
-constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
-using Up = Slice<HIDDEN, UP_WARPS>;
 // Blocks a multiprocessor has room for: with wide experts more of them, that one turn of an H200 is enough for one row.
 constexpr int UP_BLOCKS = EXPERT_TILES * TOP_K > 528 ? 5 : 4;
 
@@ -211,11 +198,6 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
 }
 
 constexpr int DOWN_WARPS = 8;
-constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS;
-// The sum over K of a unit (an expert, or a part of the shared one) is that of its first groups and that of the others.
-constexpr int FIRST_GROUPS = (DOWN_GROUPS + 1) / 2;
-constexpr int SHARED_PARTS = SHARED / WIDTH;  // the shared expert, as parts of an expert's width
-static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
 
 // The whole of K in one warp, in order: nothing decides a result but its own row.
 DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row) {

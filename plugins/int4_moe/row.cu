@@ -3,6 +3,7 @@
 // chosen ones after it), experts_down_row. Every sum is in the order of decode.cu, so that the bits are those of a row among others.
 // Macros: as decode.cu's.
 #include "int4_moe/router.cuh"
+#include "int4_moe/sums.cuh"
 #include "int4_linear/weights.cuh"
 
 // Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the others write what the experts read.
@@ -17,13 +18,8 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 4)
 
 // ---- gate and up products -----------------------------------------------------------------------------------------
 
-constexpr int UP_WARPS = 4;
-constexpr int EXPERT_TILES = WIDTH / TILE_ROWS;
-using Up = Slice<HIDDEN, UP_WARPS>;
 constexpr int UP_DEPTH = Up::STEPS < 2 ? 1 : 2;  // steps of weights under way; an even number, for SPLIT
-constexpr int SHARED_PARTS = SHARED / WIDTH;     // the shared expert, as parts of an expert's width
-constexpr int MOST_SPLIT = 2;
-static_assert(SHARED % WIDTH == 0, "the shared expert is as wide as several experts");
+constexpr int MOST_SPLIT = ROUTE_WARPS / UP_WARPS;  // decode.cu shares the shared expert's inputs among ROUTE_WARPS
 
 // 16 outputs of gate and up: up weights of row tile `tile`, gate weights GATES tiles further on. decode.cu shares the inputs among
 // SPLIT * UP_WARPS warps; here every warp has the sums of SPLIT of them. x: this warp's slice of the inputs.
@@ -130,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 7)
 // Two warps a unit (an expert, or a part of the shared one), each with half of its inputs. All of their weights are asked for before
 // the wait: the first groups' codes wait in shared memory, each lane's for itself, the others' in registers.
 constexpr int DOWN_WARPS = 16;
-constexpr int DOWN_GROUPS = WIDTH / TILE_INPUTS, FIRST_GROUPS = (DOWN_GROUPS + 1) / 2, SECOND_GROUPS = DOWN_GROUPS / 2, DOWN_TILES = HIDDEN / TILE_ROWS;
+constexpr int SECOND_GROUPS = DOWN_GROUPS - FIRST_GROUPS, DOWN_TILES = HIDDEN / TILE_ROWS;
 constexpr int LANDED_GROUPS = smaller(FIRST_GROUPS, 8), HELD_GROUPS = FIRST_GROUPS - LANDED_GROUPS;
 constexpr int HALF_BYTES = LANDED_GROUPS * 512 + FIRST_GROUPS * (32 + TILE_INPUTS * 2);  // a warp: codes, scales, inputs
 constexpr int UNITS = SHARED_PARTS + TOP_K;

@@ -77,18 +77,8 @@ def test_a_barrier_is_waited_for_and_its_absence_seen(launch: Launch, order: str
             assert torch.equal(out.long(), expected) == (name == "reverse")
 
 
-COUNTERS = r"""
-// Blocks of one launch wait for each other through counters: add_release makes all that the block wrote before (and its
-// threads saw, through __syncthreads) visible to whoever then reads the sum with load_acquire.
-DEVICE void add_release(u32* counter, u32 value) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-}
-DEVICE u32 load_acquire(const u32* counter) {
-    u32 out;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(out) : "l"(counter) : "memory");
-    return out;
-}
-"""
+# add_release and load_acquire: blocks of one launch wait for each other here.
+COUNTERS = '#include "turns.cuh"\n'
 TEMPLATE = """
 template <int N> DEVICE int* of_a_template() {
     __shared__ int values[N];
