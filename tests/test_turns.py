@@ -13,7 +13,6 @@ from trtvlm.plugins.cuda import occupancy
 from trtvlm.plugins.cuda.emulation.emulator import Schedule, compiler, emulated
 from trtvlm.plugins.cuda.occupancy import Device, Multiprocessor
 from trtvlm.plugins.cuda.turns import Turns
-from trtvlm.plugins.embedding.cuda import embed
 from trtvlm.plugins.random_checkpoint import RandomCheckpoint
 from trtvlm.runtime.cuda import decode
 from trtvlm.runtime.cuda.decode import DecodeProgram
@@ -56,28 +55,27 @@ class OneAfterTheOther:
 
 @pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler")
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_on_the_emulator(model: str) -> None:
+def test_a_step_on_the_emulator(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "OVERLAPPING_ROWS", 3)
     config = dataclasses.replace(language_size(model), num_hidden_layers=2)
     weights = load_weights(RandomCheckpoint(config, device="cpu"), "cpu")
-    overlapping, plain = programs(weights, 64, 3)
+    overlapping, plain = programs(weights, 64, 4)
     # An H200, as far as threads and dynamic shared memory go.
     turns = Turns(17, "cpu", OneAfterTheOther(), Device(132, Multiprocessor(65536, 2048, 228 * 1024, 32)))
+    overlapping._turns = turns
     generator = torch.Generator().manual_seed(0)
     with emulated(Schedule("shuffled")):
-        for start, rows in ((0, 3), (3, 1)):
+        for start, rows in ((0, 3), (3, 4), (7, 1)):
             tokens = torch.randint(config.vocab_size, (rows,), generator=generator, dtype=torch.int32)
             cursor = torch.tensor([start], dtype=torch.int32)
             plain.launch(tokens.clone(), cursor, rows, 64, logits=True)
             turns.counters.fill_(7)  # the embedding's launch has to zero them
-            to = overlapping.residual, overlapping.square_sums
-            embed(tokens, weights.embedding, *to, rows, None, turns.counters)
-            turns.begin()
-            for index in range(len(weights.layers)):
-                overlapping.launch_attention(index, cursor, rows, 64, turns)
-                overlapping.launch_mlp(index, rows, turns)
-            overlapping.launch_head(rows, True, turns)
-            turns.end()
-            assert turns.overlapped > turns.taken / 2
+            turns.taken = turns.overlapped = 0
+            overlapping.launch(tokens, cursor, rows, 64, logits=True)
+            if rows > decode.OVERLAPPING_ROWS:
+                assert turns.taken == 0
+            else:
+                assert turns.overlapped > turns.taken / 2
             for found, expected in zip(state(overlapping, rows), state(plain, rows), strict=True):
                 assert torch.equal(found, expected)
 
@@ -102,12 +100,16 @@ def test_a_captured_step(model: str, rows: int, multiprocessors: int | None, mon
     cursor = torch.zeros(1, dtype=torch.int32, device="cuda")
     graphs = []
     for program in both:
-        program.launch(tokens, cursor, rows, positions, logits=True)  # compiles
+        program.launch(
+            tokens, cursor, rows, positions, logits=True
+        )  # compiles and loads, and takes turns as the graph will
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             program.launch(tokens, cursor, rows, positions, logits=True)
         graphs.append(graph)
+    for found, expected in zip(state(both[0], rows), state(both[1], rows), strict=True):
+        assert torch.equal(found, expected), "before capture"
     counts = f"{turns.overlapped} of {turns.taken} overlap"
     if multiprocessors is None:
         assert turns.overlapped > turns.taken / 2, counts

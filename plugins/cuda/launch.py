@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -22,18 +22,23 @@ def defines(**values: int | float) -> Defines:
 
 
 class Kernel:
-    """One `extern "C" __global__` function. Tensors are passed as pointers, ints as int, floats as float."""
+    """One `extern "C" __global__` function. Tensors are passed as pointers, ints as int, floats as float.
 
-    def __init__(self, path: str, name: str, macros: Defines, arch: str) -> None:
+    carveout: percent of L1 that shall be shared memory where it runs; None: the driver's choice.
+    """
+
+    def __init__(self, path: str, name: str, macros: Defines, arch: str, carveout: int | None = None) -> None:
         from cuda.core import ObjectCode
 
         self.name = name
+        self._made_of = path, name, macros, arch
         self._module = ObjectCode.from_cubin(cubin(path, macros, arch))
         self._kernel = self._module.get_kernel(name)
         self._shared = 0
         self._registers = _attribute(self._kernel, "NUM_REGS")
         self._static = _attribute(self._kernel, "SHARED_SIZE_BYTES")
-        self._overlaps = False
+        if carveout is not None:
+            _set_attribute(self._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT", carveout)
 
     def __call__(
         self,
@@ -56,14 +61,15 @@ class Kernel:
         """What a block of `block` threads and `shared` bytes of dynamic shared memory takes of a multiprocessor."""
         return Use.of(self._registers, block, self._static + shared)
 
-    def overlap(self) -> None:
-        """From now on this kernel's blocks can stand beside another kernel's on a multiprocessor.
+    @cached_property
+    def overlapping(self) -> Kernel:
+        """Its twin, whose blocks can stand beside those of other kernels' twins on a multiprocessor.
 
-        That takes one division of L1 for both, as a multiprocessor changes it only when it is idle: all of it is shared memory.
+        That takes one division of L1 for all of them, as a multiprocessor changes it only when it is idle: as much shared memory
+        as there can be. Launches that follow each other are faster with the driver's, and the division belongs to the kernel,
+        so that the twin is loaded apart, when it is first asked for. Like any kernel, that must not be within a capture.
         """
-        if not self._overlaps:
-            _set_attribute(self._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT", 100)
-            self._overlaps = True
+        return Kernel(*self._made_of, carveout=100)
 
 
 class Launch(Protocol):
@@ -80,8 +86,9 @@ class Launch(Protocol):
     def use(self, block: int, shared: int = 0) -> Use:
         """What a block takes of a multiprocessor."""
 
-    def overlap(self) -> None:
-        """Let its blocks stand beside another kernel's."""
+    @property
+    def overlapping(self) -> Launch:
+        """The same for launches that overlap others."""
 
 
 def kernel(path: str, name: str, macros: Defines = (), device: int | None = None) -> Launch:

@@ -1,7 +1,11 @@
 """The order of launches that take turns, and what their kernels are told and wait for."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from trtvlm.plugins.cuda.emulation.emulator import (
     emulated,
     emulated_kernel,
 )
-from trtvlm.plugins.cuda.launch import Launch
+from trtvlm.plugins.cuda.launch import Kernel, Launch, _attribute, kernel
 from trtvlm.plugins.cuda.occupancy import Device, Multiprocessor, Use
 from trtvlm.plugins.cuda.turns import WORDS, Turns, launch_in_turn
 
@@ -58,15 +62,16 @@ class RecordedQueues:
 
 
 class Recorded:
-    """A launch that notes its last arguments; a block fills a multiprocessor if it is large."""
+    """A kernel that must be launched to overlap others. It notes its last arguments; a large block fills a multiprocessor."""
 
-    def __init__(self, queues: RecordedQueues, large: bool) -> None:
-        self.queues, self.large = queues, large
+    def __init__(self, queues: RecordedQueues, large: bool, overlaps: bool = False) -> None:
+        self.queues, self.large, self.overlaps = queues, large, overlaps
         self.told: list[tuple[int, int]] = []
 
     def __call__(
         self, grid: tuple[int, ...], block: int, *arguments: Tensor | int | float | None, shared: int = 0
     ) -> None:
+        assert self.overlaps
         index, before = arguments[-2:]
         assert isinstance(index, int)
         assert isinstance(before, int)
@@ -76,23 +81,28 @@ class Recorded:
     def use(self, block: int, shared: int = 0) -> Use:
         return Use(0, 8 if self.large else 1, 0)
 
-    def overlap(self) -> None:
-        pass
+    @property
+    def overlapping(self) -> Recorded:
+        twin = Recorded(self.queues, self.large, overlaps=True)
+        twin.told = self.told
+        return twin
 
 
-ROOM = Device(4, Multiprocessor(0, 8, 0, 8))
+MULTIPROCESSORS = 64
+"""Of ROOM; a launch of large blocks, one a multiprocessor, fills them."""
+ROOM = Device(MULTIPROCESSORS, Multiprocessor(0, 8, 0, 8))
 
 
 def launched(overlapping: list[bool], launches: int = 40) -> tuple[RecordedQueues, Turns, list[int]]:
-    """Launch once for each of them, with as many finishing blocks as its place + 10."""
+    """Launch once for each of them, with its place + 10 blocks, or as many more than there are multiprocessors."""
     queues = RecordedQueues()
     turns = Turns(launches, "cpu", queues, ROOM)
     turns.begin()
     before = []
     for place, small in enumerate(overlapping):
-        # All multiprocessors are filled, or there is one block that is in nobody's way.
+        # All multiprocessors are filled, or there are few blocks, which are in nobody's way.
         launch = Recorded(queues, large=not small)
-        launch_in_turn(turns, launch, (1, 1) if small else (2, 2), 32, 1.0, finishing=place + 10)
+        launch_in_turn(turns, launch, (1, place + 10 if small else MULTIPROCESSORS + place + 10), 32, 1.0)
         ((index, told),) = launch.told
         assert index == place
         before.append(told)
@@ -121,7 +131,7 @@ def test_one_in_order_among_others() -> None:
     queues, _, before = launched([True, True, False, True, True])
     assert queues.where == [0, 1, 1, 0, 1]
     # The third has seen the second end; the fourth waits for the third, and starts when the second has ended.
-    assert before == [0, 10, 0, 12, 13]
+    assert before == [0, 10, 0, MULTIPROCESSORS + 12, 13]
     assert queues.after[3] == {-1, 0, 1}
     assert queues.after[4] == {-1, 1, 2}
 
@@ -136,7 +146,7 @@ def test_the_order_that_kernels_rely_on(overlapping: list[bool]) -> None:
             assert index - 2 in ended
         if index and small:
             assert index - 1 not in ended
-            assert before[index] == index - 1 + 10
+            assert before[index] == index - 1 + 10 + (0 if overlapping[index - 1] else MULTIPROCESSORS)
         if not small:
             assert before[index] == 0
             assert index in (0, *(later + 1 for later in ended))
@@ -168,7 +178,7 @@ SOURCE = """
 #include "turns.cuh"
 static_assert(sizeof(TurnCounters) == 4 * WORDS, "as the host makes them");
 
-// Every block adds what all blocks have made of the launch before.
+// Every block adds what all blocks have made of the launch before; the first SILENT do not say that they have finished.
 extern "C" __global__ void __launch_bounds__(64) add_all(const int* in, int* out, int count, TurnCounters* turns, int index,
                                                          int before) {
     const Turn turn = {turns, index, before};
@@ -176,37 +186,45 @@ extern "C" __global__ void __launch_bounds__(64) add_all(const int* in, int* out
     int sum = 0;
     for (int i = 0; i < count; ++i) sum += in[i];
     if (threadIdx.x == 63) out[blockIdx.x] = sum % 1000 + blockIdx.x;
-    finish_turn(turn);
+    if (blockIdx.x >= SILENT) finish_turn(turn);
 }
 """
 
 
-@pytest.fixture(scope="module")
-def add_all(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def made(make: Callable[..., Launch], folder: Path, silent: int = 0) -> Launch:
+    """The kernel above by `make`, which is `kernel` or `emulated_kernel`."""
+    file = folder / "add_all.cu"
+    file.write_text(SOURCE)
+    return make(str(file), "add_all", (("SILENT", silent), ("WORDS", WORDS)))
+
+
+def emulated_add_all(folder: Path, silent: int = 0) -> Launch:
+    """The same for the CPU."""
     if compiler() is None:
         pytest.skip("the emulator needs a C++ compiler")
-    file = tmp_path_factory.mktemp("turns") / "add_all.cu"
-    file.write_text(SOURCE)
-    return emulated_kernel(str(file), "add_all", (("WORDS", WORDS),))
+    return made(emulated_kernel, folder, silent)
 
 
-def chain(add_all: Launch, turns: Turns | None, blocks: list[int], finishing: int | None = None) -> list[list[int]]:
+def chain(add_all: Launch, turns: Turns | None, blocks: list[int], device: str = "cpu") -> list[list[int]]:
     """What each launch of so many blocks writes, given what the one ahead wrote."""
-    values = [torch.arange(3, dtype=torch.int32)]
-    for count in blocks:
-        values.append(torch.full((count,), -1, dtype=torch.int32))
-        launch_in_turn(turns, add_all, (count,), 64, *values[-2:], len(values[-2]), finishing=finishing)
+    values = [torch.arange(3, dtype=torch.int32, device=device)]
+    values += [torch.full((count,), -1, dtype=torch.int32, device=device) for count in blocks]
+    if turns is not None:
+        turns.begin()
+    for before, after in pairwise(values):
+        launch_in_turn(turns, add_all, (len(after),), 64, before, after, len(before))
+    if turns is not None:
+        turns.end()
     return [value.tolist() for value in values]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_kernels_that_take_turns_do_the_same(add_all: Launch, order: str) -> None:
+def test_kernels_that_take_turns_do_the_same(tmp_path: Path, order: str) -> None:
+    add_all = emulated_add_all(tmp_path)
     blocks = [4, 1, 7, 9, 2, 2, 5]
-    queues = RecordedQueues()
-    turns = Turns(len(blocks), "cpu", queues, Device(4, Multiprocessor(0, 256, 1 << 20, 8)))
+    turns = Turns(len(blocks), "cpu", RecordedQueues(), Device(4, Multiprocessor(0, 256, 1 << 20, 8)))
     with emulated(Schedule(order)):
         expected = chain(add_all, None, blocks)
-        turns.begin()
         assert chain(add_all, turns, blocks) == expected
     # 128 threads each, two on a multiprocessor: nine find no room.
     assert [turns.overlapped, turns.taken] == [5, 7]
@@ -214,16 +232,32 @@ def test_kernels_that_take_turns_do_the_same(add_all: Launch, order: str) -> Non
     assert turns.counters[:, 1:].eq(0).all()
 
 
-def test_a_kernel_that_waits_for_too_many_blocks_never_ends(add_all: Launch) -> None:
+def test_a_kernel_that_waits_for_a_silent_block_never_ends(tmp_path: Path) -> None:
     turns = Turns(3, "cpu", RecordedQueues(), Device(4, Multiprocessor(0, 256, 1 << 20, 8)))
-    turns.begin()
     with pytest.raises(EmulationError, match=r"deadlock: .*1 poll"):
-        chain(add_all, turns, [2, 3, 2], finishing=3)
+        chain(emulated_add_all(tmp_path, silent=1), turns, [3, 3, 2])
     assert turns.counters[:, 0].tolist() == [2, 0, 0]
 
 
-def test_a_kernel_that_follows_another_waits_for_no_count(add_all: Launch) -> None:
+def test_a_kernel_that_follows_another_waits_for_no_block(tmp_path: Path) -> None:
     turns = Turns(3, "cpu", RecordedQueues(), Device(4, Multiprocessor(0, 128, 1 << 20, 8)))
-    turns.begin()
-    assert chain(add_all, turns, [4, 4, 4], finishing=99) == chain(add_all, None, [4, 4, 4])
+    add_all = emulated_add_all(tmp_path, silent=1)
+    assert chain(add_all, turns, [4, 4, 4]) == chain(add_all, None, [4, 4, 4])
     assert turns.overlapped == 0
+
+
+@pytest.mark.gpu
+def test_only_kernels_that_overlap_divide_l1_alike(tmp_path: Path) -> None:
+    add_all = made(kernel, tmp_path)
+    assert isinstance(add_all, Kernel)
+    blocks = [4, 1, 7, 9, 2, 2, 5]
+    expected = chain(add_all, None, blocks, "cuda")
+    # Launched before anything is captured; the multiprocessors of every GPU have room for so few blocks.
+    turns = Turns(len(blocks), "cuda")
+    assert chain(add_all, turns, blocks, "cuda") == expected
+    assert [turns.overlapped, turns.taken] == [6, 7]
+    carveouts = [_attribute(one._kernel, "PREFERRED_SHARED_MEMORY_CARVEOUT") for one in (add_all, add_all.overlapping)]
+    assert carveouts[0] != 100
+    assert carveouts[1] == 100
+    assert add_all.use(64) == add_all.overlapping.use(64)
+    assert add_all.overlapping is add_all.overlapping

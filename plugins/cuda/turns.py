@@ -15,13 +15,15 @@ its blocks find room at once, and some multiprocessor then has room for a block 
 them (`occupancy.Device.leaves_room`); otherwise it follows n - 1 in the same queue. Blocks of n - 1 wait for nothing any more,
 so that they end one after the other, even if those of n came first. They may: both launches can be waiting for the end of the
 same one. (All blocks of n, because a launch's blocks are given out only after all of a launch that came before: Amert et al.,
-GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, which
-`Kernel.overlap` asks for; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy
+GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, as those do that
+`Kernel.overlapping` gives; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy
 calculators do, that what is free of a multiprocessor can be given to one block.
 
 Both queues must run at once, or else launches one by one in the order of launching, as under tools that let no two kernels
-run together: all that is waited for is there then, since no launch waits for a later one. CUDA graphs do so in practice. Only
-launches that are captured take turns; others come too slowly from the host to overlap.
+run together: all that is waited for is there then, since no launch waits for a later one. CUDA graphs do so in practice.
+
+A step that takes turns does so, too, when it is launched before it is captured: its kernels must have been loaded by then, and
+are loaded apart from those of steps that take none. From the host, launches come too slowly to overlap much.
 """
 
 from __future__ import annotations
@@ -100,8 +102,7 @@ class Turns:
         self._room = room or device_of(self.counters.device.index)
         self.taken, self.overlapped = 0, 0
         self._queue = 0
-        self._ahead: Use | None = None
-        self._finishing = 0
+        self._ahead: tuple[int, Use] | None = None
         self._ended: Any = None
 
     def begin(self) -> None:
@@ -112,16 +113,17 @@ class Turns:
         self._ahead, self._ended = None, None
 
     @contextmanager
-    def next(self, blocks: int, use: Use, finishing: int) -> Iterator[tuple[Tensor, int, int]]:
+    def next(self, blocks: int, use: Use) -> Iterator[tuple[Tensor, int, int]]:
         """The next launch goes to its queue if it is made within, and these are the kernel's last arguments.
 
-        finishing: of its blocks, those that call finish_turn. ValueError: there are no counters left.
+        All of its blocks call finish_turn, if a launch follows. ValueError: there are no counters left.
         """
         index = self.taken
         if index >= len(self.counters):
             raise ValueError(f"a step of more than {len(self.counters)} launches")
-        overlaps = self._ahead is not None and self._room.leaves_room(blocks, use, self._ahead)
-        if overlaps:
+        before = 0
+        if self._ahead is not None and self._room.leaves_room(blocks, use, self._ahead[1]):
+            before = self._ahead[0]
             self._queue = 1 - self._queue
             if self._ended is not None:
                 self._queues.follow(self._queue, self._ended)
@@ -129,9 +131,8 @@ class Turns:
         else:
             # The next launch may go to the other queue, but not before the one ahead of this has ended.
             self._ended = self._queues.mark(self._queue) if index else None
-        before = self._finishing if overlaps else 0
-        self.taken, self.overlapped = index + 1, self.overlapped + overlaps
-        self._ahead, self._finishing = use, finishing
+        self.taken, self.overlapped = index + 1, self.overlapped + (before > 0)
+        self._ahead = blocks, use
         with self._queues.into(self._queue):
             yield self.counters, index, before
 
@@ -147,17 +148,11 @@ def launch_in_turn(
     block: int,
     *arguments: Tensor | int | float | None,
     shared: int = 0,
-    finishing: int | None = None,
 ) -> None:
-    """Launch a kernel whose last arguments are its turn; in order with everything else where `turns` is None.
-
-    finishing: blocks that call finish_turn, if not all.
-    """
-    # Also where it does not overlap now: kernels meet their first launch before anything is captured.
-    launch.overlap()
+    """Launch a kernel whose last arguments are its turn; in order with everything else where `turns` is None."""
     if turns is None:
         launch(grid, block, *arguments, None, 0, 0, shared=shared)
         return
-    blocks = math.prod(grid)
-    with turns.next(blocks, launch.use(block, shared), blocks if finishing is None else finishing) as turn:
+    launch = launch.overlapping
+    with turns.next(math.prod(grid), launch.use(block, shared)) as turn:
         launch(grid, block, *arguments, *turn, shared=shared)

@@ -54,7 +54,7 @@ class DecodeProgram:
     """Launches steps of 1 to `max_rows` rows over caches of `positions` positions (batch 1).
 
     `logits` float32 [max_rows, V] is written when a step asks for it; `found` are the head's candidates, always.
-    overlap: the launches of a captured step of few rows overlap (`trtvlm.plugins.cuda.turns`), unless $TRTVLM_OVERLAP is 0.
+    overlap: the launches of a step of few rows overlap (`trtvlm.plugins.cuda.turns`), unless $TRTVLM_OVERLAP is 0.
     """
 
     def __init__(
@@ -105,8 +105,7 @@ class DecodeProgram:
 
         chosen_from: another step's candidates (values [blocks], tokens [blocks]) that the last token is chosen from first.
         """
-        overlaps = self._turns is not None and rows <= OVERLAPPING_ROWS and torch.cuda.is_current_stream_capturing()
-        turns = self._turns if overlaps else None
+        turns = self._turns if rows <= OVERLAPPING_ROWS else None
         counters = None if turns is None else turns.counters
         embed(tokens, self.weights.embedding, self.residual, self.square_sums, rows, chosen_from, counters)
         if turns is not None:

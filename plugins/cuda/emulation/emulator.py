@@ -142,8 +142,10 @@ class EmulatedKernel:
         """What a block takes; registers and static shared memory are not known here, and count for nothing."""
         return Use.of(0, block, shared)
 
-    def overlap(self) -> None:
-        """As `launch.Kernel.overlap`; here one launch ends before the next begins."""
+    @property
+    def overlapping(self) -> EmulatedKernel:
+        """As `launch.Kernel.overlapping`; here one launch ends before the next begins."""
+        return self
 
 
 @cache
