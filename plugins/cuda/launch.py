@@ -66,8 +66,8 @@ class Kernel:
         """Its twin, whose blocks can stand beside those of other kernels' twins on a multiprocessor.
 
         That takes one division of L1 for all of them, as a multiprocessor changes it only when it is idle: as much shared memory
-        as there can be. Launches that follow each other are faster with the driver's, and the division belongs to the kernel,
-        so that the twin is loaded apart, when it is first asked for. Like any kernel, that must not be within a capture.
+        as there can be. Launches that follow each other are faster with the driver's. cuda-core lets no launch choose, so that
+        there are two kernels. The twin is loaded when it is first asked for: like any kernel, not within a capture.
         """
         return Kernel(*self._made_of, carveout=100)
 
