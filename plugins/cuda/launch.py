@@ -50,8 +50,8 @@ class Kernel:
         """Launch. `shared`: dynamic shared memory in bytes. None is a null pointer."""
         from cuda.core import LaunchConfig, launch
 
-        if shared > max(self._shared, 48 * 1024):
-            # More than 48 KB must be asked for.
+        if shared > max(self._shared, 48 * 1024 - self._static):
+            # More than 48 KB, static and dynamic together, must be asked for.
             _set_attribute(self._kernel, "MAX_DYNAMIC_SHARED_SIZE_BYTES", shared)
             self._shared = shared
         config = LaunchConfig(grid=grid, block=block, shmem_size=shared)

@@ -86,8 +86,9 @@ def test_experts(model: str, arch: str) -> None:
         EXPERT_SCALED=1, SHARED_SCALED=1,
     )  # fmt: skip
     route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
-    shared = {"route": route}
-    threads = {"route": 256, "experts_up": 128, "experts_down": 256}
+    shared = {"route": route, "experts_up": moe.up_bytes(config.hidden_size)}
+    threads = {"route": 256, "fix_inputs": 256, "experts_up": 256, "experts_down": 256}
     check(moe.SOURCE, dict(macros), arch, threads, shared)
     threads = {"route_row": 256, "experts_up_row": 128, "experts_down_row": 512}
-    check(moe.ROW_SOURCE, dict(macros), arch, threads, {"experts_down_row": moe.row_down_bytes(width)})
+    shared = {"experts_down_row": moe.row_down_bytes(width)}
+    check(moe.ROW_SOURCE, dict(macros), arch, threads, shared)

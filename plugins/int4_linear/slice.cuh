@@ -11,6 +11,7 @@ struct Slice {
     static constexpr int STRIDE = STEPS * TILE_INPUTS + ROW_PAD;  // halves between rows of a warp's activations
 
     DEVICE static int group(int step) { return warp_id() + step * WARPS; }
+    DEVICE static int count() { return STEPS - int(!has(STEPS - 1)); }
     DEVICE static bool has(int step) { return (step + 1) * WARPS <= GROUPS || group(step) < GROUPS; }
 };
 

@@ -12,7 +12,7 @@ from trtvlm.plugins.cuda.memory import Piece, carve, total_bytes
 from trtvlm.plugins.cuda.tiles import int4_tiles
 from trtvlm.plugins.int4_linear.decode import MOST_ROWS as ROWS
 from trtvlm.plugins.int4_linear.decode import LinearWeight, gated_linear
-from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up
+from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up, fix_inputs
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
 
@@ -60,10 +60,7 @@ class MoEBoundary:
             rows = min(ROWS, x.shape[0] - start)
             part = slice(start, start + rows)
             workspace = dataclasses.replace(buffer, logits=router_logits[part])
-            if w.fc.pre_quant_scale is None:
-                buffer.inputs[:rows].copy_(x[part])
-            else:
-                torch.mul(x[part], w.fc.pre_quant_scale, out=buffer.inputs[:rows])
+            fix_inputs(x[part], w, buffer, rows)
             if w.shared_fc is not None:
                 assert w.shared_proj is not None
                 fc = LinearWeight(w.shared_fc.codes, w.shared_fc.scales, w.shared_fc.pre_quant_scale)

@@ -5,7 +5,6 @@
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
 #include "int4_moe/router.cuh"
-#include "int4_moe/sums.cuh"
 #include "int4_linear/weights.cuh"
 
 // The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
@@ -42,14 +41,22 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
     u16* x = reinterpret_cast<u16*>(own);
     normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
     __syncwarp();
-    const bool present = (lane_id() >> 2) < rows;
+    __shared__ float x_scales[ROUTE_WARPS][Shared::STEPS][COLUMNS];
+    for (int row = 0; row < rows; ++row)
+        fix_groups<Shared::STEPS, COLUMNS>(x + row * Shared::STRIDE, x_scales[warp_id()][0] + row, Shared::count());
+    __syncwarp();
+    const int in_row = smaller(lane_id() >> 2, rows - 1);  // what a row that is not there gives is never used
     float sum[TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < Shared::STEPS; ++step) {
         if (Shared::has(step)) {
-            const Activation now = load_activation(x, Shared::STRIDE, step, present);
+            const FixedActivation now = load_fixed(x + in_row * Shared::STRIDE + step * TILE_INPUTS);
+            const float2 scale = *reinterpret_cast<const float2*>(x_scales[warp_id()][step] + 2 * (lane_id() & 3));
 #pragma unroll
-            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
+            for (int r = 0; r < TILES; ++r) {
+                const Int4Weight& w = weight[step % DEPTH][r];
+                fixed_tile(sum[r], w.codes, w.scale, now, scale);
+            }
         }
         if (step + DEPTH < Shared::STEPS) load(step + DEPTH);
     }
@@ -71,12 +78,16 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
 constexpr int SHARED_BLOCKS = 0;
 #endif
 
+// The part of this block's tile of rows.
+DEVICE char* inputs_of(char* inputs) { return inputs + size_t(blockIdx.y) * COLUMNS * Up::GROUPS * GROUP_BYTES; }
+DEVICE float* scales_of(float* scales) { return scales + blockIdx.y * Up::GROUPS * COLUMNS; }
+
 // Blocks 0 .. ROUTER_BLOCKS - 1 multiply with the router, the next INPUT_BLOCKS write what the experts read; the others are
 // the shared expert's.
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
-          const u16* expert_scale, float* logits, u16* inputs, const u16* shared_scale, const uint4* shared_codes,
-          const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
+          const u16* expert_scale, float* logits, char* inputs, float* input_scales, const u16* shared_scale,
+          const uint4* shared_codes, const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
           int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
@@ -86,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     if (blockIdx.x < ROUTER_BLOCKS) {
         router_logits(residual, square_sums, norm, eps, router, logits + row0 * EXPERTS, rows, turn);
     } else if (blockIdx.x < ROUTER_BLOCKS + INPUT_BLOCKS) {
-        expert_inputs(residual, square_sums, norm, eps, expert_scale, inputs + size_t(row0) * HIDDEN, rows, turn);
+        expert_inputs(residual, square_sums, norm, eps, expert_scale, inputs_of(inputs), scales_of(input_scales), rows, turn);
     } else {
 #if SHARED
         shared_up(reinterpret_cast<char*>(shared) + warp_id() * bytes, bytes, residual, square_sums, norm, eps, shared_scale,
@@ -96,89 +107,150 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     finish_turn(turn);
 }
 
+// What the experts read, of halves x [rows, HIDDEN] that are normalised already, for callers that have no use for `route`.
+extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
+    fix_inputs(const u16* x, const u16* scale, char* inputs, float* input_scales, int all_rows) {
+    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    for (int base = warp_id() * 32; base < rows * INPUT_QUADS; base += 32 * ROUTE_WARPS) {
+        const int row = (base + lane_id()) / INPUT_QUADS, quad = blockIdx.x * INPUT_QUADS + (base + lane_id()) % INPUT_QUADS;
+        float4 value = {0.f, 0.f, 0.f, 0.f};
+        if (quad < QUADS) {
+            const uint2 halves = reinterpret_cast<const uint2*>(x + size_t(row0 + row) * HIDDEN)[quad];
+            value = quad_of(halves.x, halves.y);
+            if (EXPERT_SCALED) {
+                const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
+                value.x *= low_half(by.x), value.y *= high_half(by.x), value.z *= low_half(by.y), value.w *= high_half(by.y);
+            }
+        }
+        store_inputs(value, row, quad, inputs_of(inputs), scales_of(input_scales));
+    }
+}
+
 // ---- experts ------------------------------------------------------------------------------------------------------
 
-// Blocks a multiprocessor has room for: with wide experts more of them, that one turn of an H200 is enough for one row.
-constexpr int UP_BLOCKS = EXPERT_TILES * TOP_K > 528 ? 5 : 4;
-
-// What a row that takes no part gives is never used, so it is any row that is there.
-DEVICE Activation load_direct(const u16* row, int group) {
-    const uint4* at = reinterpret_cast<const uint4*>(row + group * TILE_INPUTS + 16 * (lane_id() & 3));
-    return Activation{at[0], at[1]};
-}
+// A block has 64 outputs, a group of what experts_down reads: two warps to each slice of the inputs, two tiles to each warp.
+constexpr int BLOCK_TILES = 4, BLOCK_WARPS = 2 * UP_WARPS, WARP_TILES = 2;
+static_assert(EXPERTS <= 32 * BLOCK_WARPS, "a thread an expert");
 
 // One block: the work list and the experts' weights [rows, TOP_K] for experts_down.
 DEVICE void tell(const float* logits, const float* bias, float* weights, int* work, int (*chosen)[TOP_K], Entry* entries,
                  int* counts, int rows) {
-    for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+    for (int row = warp_id(); row < rows; row += BLOCK_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
     __syncthreads();
-    const int count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+    const int count = list_work<BLOCK_WARPS>(chosen, rows, entries, counts);
     if (threadIdx.x == 0) work[0] = count;
-    for (int i = threadIdx.x; i < count; i += 32 * UP_WARPS) {
+    for (int i = threadIdx.x; i < count; i += 32 * BLOCK_WARPS) {
         work[WORK_EXPERT + i] = entries[i].expert;
         work[WORK_ROWS + i] = int(entries[i].rows);
         work[WORK_SLOTS + i] = int(entries[i].slots);
     }
-    for (int row = warp_id(); row < rows; row += UP_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
+    for (int row = warp_id(); row < rows; row += BLOCK_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
 }
 
-// 16 of one expert's outputs, for its rows.
-DEVICE void expert_up(int tile, const Entry& entry, const u16* inputs, const uint4* codes, const u32* scales, const u16* next_scale,
-                      u16* hidden, int rows) {
-    __shared__ float partials[UP_WARPS][2 * COLUMNS * PARTIAL_COLUMN];
-    constexpr int DEPTH = smaller(Up::STEPS, UP_BLOCKS > 4 ? 2 : 3), GROUPS = Up::GROUPS;
-    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES;
-    codes += (first + tile) * GROUPS * 32;
-    scales += (first + tile) * GROUPS * 8;
-    Int4Weight weight[DEPTH][2];
-    Activation x[DEPTH];
-    const u16* row = inputs + size_t(smaller(lane_id() >> 2, rows - 1)) * HIDDEN;
-    auto load = [&](int step) {
-        if (Up::has(step)) {
-            weight[step % DEPTH][0].load(codes, scales, Up::group(step));
-            weight[step % DEPTH][1].load(codes, scales, EXPERT_TILES * GROUPS + Up::group(step));
-            x[step % DEPTH] = load_direct(row, Up::group(step));
-        }
+// Two outputs of a row whose 64 are a warp's, put down as fixed point: inputs `first` and first + 2 of `group`.
+DEVICE void store_hidden(float x, float y, int first, char* group, float* scale) {
+    const u32 largest = warp_largest(__float_as_uint(fmaxf(fabsf(x), fabsf(y))));  // as integers, positive floats have the same order
+    const FixedScale by = fixed_scale(__uint_as_float(largest));
+    const u32 a = fixed_bits(x, by.inverse), b = fixed_bits(y, by.inverse);
+    u16* to = reinterpret_cast<u16*>(group + (first & ~3) + 2 * (first & 1));
+    to[0] = u16(high_parts(a, b)), to[TILE_INPUTS / 2] = u16(low_parts(a, b));
+    if (lane_id() == 0) *scale = by.scale;
+}
+
+// 64 of one expert's outputs, for its rows.
+DEVICE void expert_up(int part, const Entry& entry, const char* inputs, const float* input_scales, const uint4* codes, const u32* scales,
+                      const u16* next_scale, char* hidden, float* hidden_scales, int rows) {
+    constexpr int DEPTH = smaller(Up::STEPS, 2), GROUPS = Up::GROUPS, TILE_FLOATS = COLUMNS * PARTIAL_COLUMN;
+    constexpr int ROW_BYTES = GROUPS * GROUP_BYTES + 64;  // reads of two rows meet no bank twice
+    extern __shared__ uint4 shared[];                     // the rows' inputs, then the warps' partial sums
+    __shared__ __align__(16) float x_scales[GROUPS * COLUMNS];
+    __shared__ Entry kept;  // until the end; registers are scarce
+    const int slice = warp_id() % UP_WARPS, tile0 = part * BLOCK_TILES + warp_id() / UP_WARPS * WARP_TILES;
+    auto group = [&](int step) { return slice + step * UP_WARPS; };
+    auto has = [&](int step) { return (step + 1) * UP_WARPS <= GROUPS || group(step) < GROUPS; };
+    const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES + tile0;
+    codes += first * GROUPS * 32;
+    scales += first * GROUPS * 8;
+    char* rows_inputs = reinterpret_cast<char*>(shared);
+    const char* x = rows_inputs + (lane_id() >> 2) * ROW_BYTES;  // what a row that is not there gives is never used
+    Int4Weight weight[DEPTH][WARP_TILES][2];
+    auto load = [&](int place, int step) {
+        if (!has(step)) return;
+#pragma unroll
+        for (int i = 0; i < 2 * WARP_TILES; ++i)
+            weight[place][i / 2][i & 1].load(codes, scales, (i / 2 + (i & 1) * EXPERT_TILES) * GROUPS + group(step));
     };
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) load(step);
-    float sum[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < Up::STEPS; ++step) {
-        if (Up::has(step)) {
-            weight[step % DEPTH][0].multiply(sum[0], x[step % DEPTH]);
-            weight[step % DEPTH][1].multiply(sum[1], x[step % DEPTH]);
-        }
-        if (step + DEPTH < Up::STEPS) load(step + DEPTH);
+    for (int step = 0; step < DEPTH; ++step) load(step, step);
+    if (threadIdx.x == 0) kept = entry;
+    for (int row = 0; row < rows; ++row) {
+        if (!(entry.rows >> row & 1)) continue;
+        for (int i = threadIdx.x; i < GROUPS * (GROUP_BYTES / 16); i += 32 * BLOCK_WARPS)
+            copy_async(rows_inputs + row * ROW_BYTES + i * 16, inputs + (size_t(row) * GROUPS * GROUP_BYTES + i * 16));
     }
-    store_partial(partials[warp_id()], sum[0], COLUMNS);
-    store_partial(partials[warp_id()] + COLUMNS * PARTIAL_COLUMN, sum[1], COLUMNS);
+    for (int i = threadIdx.x; i < GROUPS * COLUMNS / 4; i += 32 * BLOCK_WARPS) copy_async(x_scales + 4 * i, input_scales + 4 * i);
+    copy_commit();
+    copy_wait<0>();
     __syncthreads();
-    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);  // 128 threads
-    if (!(entry.rows >> column & 1)) return;
-    const float* at = partials[0] + column * PARTIAL_COLUMN + (threadIdx.x & 15);
-    const float up = sum_partials<UP_WARPS>(at, 2 * COLUMNS * PARTIAL_COLUMN);
-    const float gate = sum_partials<UP_WARPS>(at + COLUMNS * PARTIAL_COLUMN, 2 * COLUMNS * PARTIAL_COLUMN);
-    float y = up * silu(gate);
-    if (next_scale) y *= half_to_float(next_scale[output]);
-    const int slot = entry.slots >> (4 * column) & 15;
-    hidden[(size_t(column) * TOP_K + slot) * WIDTH + output] = float_to_half(y);
+    float sum[WARP_TILES][2][4] = {};
+    // A loop, or else the inputs of all steps would be read first, into registers that are not there.
+#pragma unroll 1
+    for (int first = 0; first < Up::STEPS; first += DEPTH) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            const int step = first + i;
+            if (step >= Up::STEPS || !has(step)) break;
+            const FixedActivation now = load_fixed(x + group(step) * GROUP_BYTES);
+            const float2 scale = *reinterpret_cast<const float2*>(x_scales + group(step) * COLUMNS + 2 * (lane_id() & 3));
+#pragma unroll
+            for (int j = 0; j < 2 * WARP_TILES; ++j) {
+                const Int4Weight& w = weight[i][j / 2][j & 1];
+                fixed_tile(sum[j / 2][j & 1], w.codes, w.scale, now, scale);
+            }
+            if (step + DEPTH < Up::STEPS) load(i, step + DEPTH);
+        }
+    }
+    __syncthreads();  // all inputs were read; the sums take their place
+    auto partials = reinterpret_cast<float(*)[WARP_TILES][2][TILE_FLOATS]>(shared);
+#pragma unroll
+    for (int i = 0; i < 2 * WARP_TILES; ++i) store_partial(partials[warp_id()][i / 2][i & 1], sum[i / 2][i & 1], COLUMNS);
+    __syncthreads();
+    const int column = warp_id();  // a warp a row
+    if (!(kept.rows >> column & 1)) return;
+    const int slot = kept.slots >> (4 * column) & 15, at = 4 * (lane_id() >> 1) + (lane_id() & 1);
+    float y[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int output = at + 2 * i, tile = output / TILE_ROWS;
+        const float* from = partials[tile / WARP_TILES * UP_WARPS][tile % WARP_TILES][0] + column * PARTIAL_COLUMN + output % TILE_ROWS;
+        constexpr int stride = 2 * WARP_TILES * TILE_FLOATS;
+        const float up = sum_partials<UP_WARPS>(from, stride);
+        y[i] = up * silu(sum_partials<UP_WARPS>(from + TILE_FLOATS, stride));
+        if (next_scale) y[i] *= half_to_float(next_scale[part * TILE_INPUTS + output]);
+        y[i] = half_to_float(float_to_half(y[i]));  // as experts_down_row finds it
+    }
+    const size_t to = (size_t(column) * TOP_K + slot) * DOWN_GROUPS + part;
+    store_hidden(y[0], y[1], at, hidden + to * GROUP_BYTES, hidden_scales + to);
 }
 
-// Block (1 + tile, entry, tile of rows): 16 outputs of one expert for its rows. hidden half [rows, TOP_K, WIDTH]. Block (0, 0)
-// of each tile of rows tells what there is to do.
-extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
-    experts_up(const u16* inputs, const float* logits, const float* bias, float* weights, int* work, const uint4* codes,
-               const u32* scales, const u16* next_scale, u16* hidden, int all_rows, TurnCounters* turns, int index, int before) {
-    __shared__ int chosen[COLUMNS][TOP_K], counts[UP_WARPS];
+// Block (1 + part, entry, tile of rows): 64 outputs of one expert for its rows, to hidden, fixed point [rows, TOP_K, WIDTH]. Blocks
+// (0, ...) make fixed point of the shared expert's, in their place; the first of them tells what there is to do.
+extern "C" __global__ void __launch_bounds__(32 * BLOCK_WARPS, 2)
+    experts_up(const char* inputs, const float* input_scales, const float* logits, const float* bias, float* weights, int* work,
+               const uint4* codes, const u32* scales, const u16* next_scale, char* hidden, float* hidden_scales, char* shared_hidden,
+               float* shared_hidden_scales, int all_rows, TurnCounters* turns, int index, int before) {
+    __shared__ int chosen[COLUMNS][TOP_K], counts[BLOCK_WARPS];
     __shared__ Entry entries[MOST_ENTRIES];
     const Turn turn = {turns, index, before};
-    static_assert(EXPERTS <= 32 * UP_WARPS, "a thread an expert");
-    const int at = blockIdx.y, tile = int(blockIdx.x) - 1, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
+    const int at = blockIdx.y, part = int(blockIdx.x) - 1, row0 = blockIdx.z * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     logits += row0 * EXPERTS;
     await_turn(turn);
-    if (tile < 0) {
+    if (part < 0) {
         if (at == 0) tell(logits, bias, weights + row0 * TOP_K, work + blockIdx.z * WORK_SIZE, chosen, entries, counts, rows);
+        const int groups = rows * (SHARED / TILE_INPUTS), before_this = row0 * (SHARED / TILE_INPUTS);
+        for (int first = 4 * (at * BLOCK_WARPS + warp_id()); first < groups; first += 4 * BLOCK_WARPS * gridDim.y)
+            fix_groups<4>(shared_hidden + size_t(before_this + first) * GROUP_BYTES, shared_hidden_scales + before_this + first,
+                          smaller(4, groups - first));
     } else {
         Entry entry = {0, 1, u32(at)};
         int count = TOP_K;
@@ -186,35 +258,45 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, UP_BLOCKS)
             // Every warp finds its block's expert for itself, and waits for nobody.
             entry.expert = choose_experts(logits, bias, nullptr, at + 1);
         } else {
-            for (int row = warp_id(); row < rows; row += UP_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+            for (int row = warp_id(); row < rows; row += BLOCK_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
             __syncthreads();
-            count = list_work<UP_WARPS>(chosen, rows, entries, counts);
+            count = list_work<BLOCK_WARPS>(chosen, rows, entries, counts);
             entry = entries[smaller(at, MOST_ENTRIES - 1)];
         }
         if (at < count)
-            expert_up(tile, entry, inputs + size_t(row0) * HIDDEN, codes, scales, next_scale, hidden + size_t(row0) * TOP_K * WIDTH, rows);
+            expert_up(part, entry, inputs + size_t(row0) * Up::GROUPS * GROUP_BYTES, input_scales + blockIdx.z * Up::GROUPS * COLUMNS, codes,
+                      scales, next_scale, hidden + size_t(row0) * TOP_K * DOWN_GROUPS * GROUP_BYTES,
+                      hidden_scales + row0 * TOP_K * DOWN_GROUPS, rows);
     }
     finish_turn(turn);
 }
 
 constexpr int DOWN_WARPS = 8;
 
-// The whole of K in one warp, in order: nothing decides a result but its own row.
-DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const u16* row) {
-    constexpr int DEPTH = smaller(DOWN_GROUPS, 11);
+// The whole of K in one warp, in order: nothing decides a result but its own row. row: this lane's activations; x_scales: of the
+// rows of columns 2t and 2t + 1.
+DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const char* row,
+                      const float* (&x_scales)[2]) {
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 8);
     Int4Weight weight[DEPTH];
-    Activation x[DEPTH];
+    FixedActivation x[DEPTH];
+    float2 x_scale[DEPTH];
     float rest[4] = {0.f, 0.f, 0.f, 0.f};
+    auto load_inputs = [&](int step) {
+        x[step % DEPTH] = load_fixed(row + step * GROUP_BYTES);
+        x_scale[step % DEPTH] = float2{x_scales[0][step], x_scales[1][step]};
+    };
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) x[step] = load_direct(row, step);
+    for (int step = 0; step < DEPTH; ++step) load_inputs(step);
 #pragma unroll
     for (int step = 0; step < DOWN_GROUPS; ++step) {
-        weight[step % DEPTH].multiply(step < FIRST_GROUPS ? sum : rest, x[step % DEPTH]);
+        const Int4Weight& w = weight[step % DEPTH];
+        fixed_tile(step < FIRST_GROUPS ? sum : rest, w.codes, w.scale, x[step % DEPTH], x_scale[step % DEPTH]);
         if (step + DEPTH < DOWN_GROUPS) {
             weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
-            x[step % DEPTH] = load_direct(row, step + DEPTH);
+            load_inputs(step + DEPTH);
         }
     }
 #pragma unroll
@@ -224,7 +306,7 @@ DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, in
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
 // or a part of the shared expert.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
-    experts_down(const u16* hidden, const u16* shared_hidden, const int* work, const float* weights, const uint4* codes,
+    experts_down(const char* hidden, const float* hidden_scales, const char* shared_hidden, const float* shared_hidden_scales, const int* work, const float* weights, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
                  int all_rows, TurnCounters* turns, int index, int before_blocks) {
     const Turn turn = {turns, index, before_blocks};
@@ -233,6 +315,7 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     const int tile = blockIdx.x, row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
     work += blockIdx.y * WORK_SIZE;
     const int g = lane_id() >> 2, column = 2 * (lane_id() & 3), in_row = smaller(g, rows - 1);
+    const int columns[2] = {smaller(column, rows - 1), smaller(column + 1, rows - 1)};
     const int out_row = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
     float before = 0.f;
     if (threadIdx.x < OUTPUTS && out_row < rows) before = residual[size_t(row0 + out_row) * HIDDEN + output];
@@ -246,9 +329,11 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
     for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
         if (unit < SHARED_PARTS) {
-            const u16* row = shared_hidden + size_t(row0 + in_row) * SHARED + unit * WIDTH;
             constexpr int GROUPS = SHARED / TILE_INPUTS;
-            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS, row);
+            auto group_of = [&](int row) { return (row0 + row) * GROUPS + unit * DOWN_GROUPS; };
+            const float* x_scales[2] = {shared_hidden_scales + group_of(columns[0]), shared_hidden_scales + group_of(columns[1])};
+            down_unit(sum, shared_codes, shared_scales, tile * GROUPS + unit * DOWN_GROUPS,
+                      shared_hidden + size_t(group_of(in_row)) * GROUP_BYTES, x_scales);
 #pragma unroll
             for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
             continue;
@@ -258,8 +343,9 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
             expert = work[WORK_EXPERT + entry];
             mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
         }
-        const u16* row = hidden + (size_t(row0 + in_row) * TOP_K + (slots >> (4 * in_row) & 15)) * WIDTH;
-        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, row);
+        auto group_of = [&](int row) { return ((row0 + row) * TOP_K + int(slots >> (4 * row) & 15)) * DOWN_GROUPS; };
+        const float* x_scales[2] = {hidden_scales + group_of(columns[0]), hidden_scales + group_of(columns[1])};
+        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, hidden + size_t(group_of(in_row)) * GROUP_BYTES, x_scales);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = column + (i & 1);

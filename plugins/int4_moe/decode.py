@@ -13,7 +13,7 @@ from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE, ROW_SOURCE = "int4_moe/decode.cu", "int4_moe/row.cu"
-_ROUTE_WARPS, _UP_WARPS, _DOWN_WARPS, _ROW_DOWN_WARPS = 8, 4, 8, 16
+_ROUTE_WARPS, _UP_WARPS, _BLOCK_WARPS, _DOWN_WARPS, _ROW_DOWN_WARPS = 8, 4, 8, 8, 16
 _ROUTER_EXPERTS, _INPUT_VALUES = 2, 256
 
 
@@ -81,14 +81,21 @@ class MoEWeights:
 
 @dataclass(frozen=True)
 class MoEWorkspace:
-    """Buffers of a layer, for up to `rows` rows; layers can share them."""
+    """Buffers of a layer, for up to `rows` rows; layers can share them.
+
+    inputs, hidden and shared have a word of 16 bits for each value: halves or fixed point (include/fixed.cuh), whichever the next
+    kernel takes; their scales are those of fixed point.
+    """
 
     logits: Tensor
     weights: Tensor
     work: Tensor
     inputs: Tensor
+    input_scales: Tensor
     hidden: Tensor
+    hidden_scales: Tensor
     shared: Tensor
+    shared_scales: Tensor
 
     @classmethod
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> MoEWorkspace:
@@ -99,9 +106,12 @@ class MoEWorkspace:
             torch.empty(rows, experts, device=device),
             torch.empty(rows, k, device=device),
             torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, experts), dtype=torch.int32, device=device),
-            torch.empty(rows, hidden, dtype=torch.half, device=device),
+            torch.empty(tiles * COLUMNS, hidden, dtype=torch.half, device=device),
+            torch.empty(tiles, hidden // 64, COLUMNS, device=device),
             torch.empty(rows, k, weights.width, dtype=torch.half, device=device),
+            torch.empty(rows, k, weights.width // 64, device=device),
             torch.empty(rows, max(1, weights.shared_width), dtype=torch.half, device=device),
+            torch.empty(rows, max(1, weights.shared_width // 64), device=device),
         )
 
 
@@ -134,9 +144,19 @@ def route(
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router,
-        weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
+        weights.fc.pre_quant_scale, workspace.logits, workspace.inputs, workspace.input_scales,
         None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
         None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
+    )  # fmt: skip
+
+
+def fix_inputs(x: Tensor, weights: MoEWeights, workspace: MoEWorkspace, rows: int) -> None:
+    """What `route` leaves for the experts, of inputs half [rows, hidden] that are normalised already."""
+    check_rows(rows)
+    blocks = -(-x.shape[1] // _INPUT_VALUES)
+    kernel(SOURCE, "fix_inputs", weights.macros)(
+        (blocks, -(-rows // COLUMNS)), 32 * _ROUTE_WARPS, x, weights.fc.pre_quant_scale, workspace.inputs,
+        workspace.input_scales, rows,
     )  # fmt: skip
 
 
@@ -146,9 +166,11 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: T
     experts, k = weights.router.shape[0], weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
     launch_in_turn(
-        turns, kernel(SOURCE, "experts_up", weights.macros), (1 + weights.width // 16, entries, -(-rows // COLUMNS)),
-        32 * _UP_WARPS, workspace.inputs, workspace.logits, weights.correction_bias, workspace.weights, workspace.work,
-        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, rows,
+        turns, kernel(SOURCE, "experts_up", weights.macros), (1 + weights.width // 64, entries, -(-rows // COLUMNS)),
+        32 * _BLOCK_WARPS, workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias,
+        workspace.weights, workspace.work,
+        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, workspace.hidden_scales,
+        workspace.shared, workspace.shared_scales, rows, shared=up_bytes(weights.router.shape[1]),
     )  # fmt: skip
 
 
@@ -165,7 +187,8 @@ def experts_down(
     shared = weights.shared_proj
     launch_in_turn(
         turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
-        32 * _DOWN_WARPS, workspace.hidden, workspace.shared, workspace.work, workspace.weights, weights.proj.codes,
+        32 * _DOWN_WARPS, workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales,
+        workspace.work, workspace.weights, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
         square_sums, rows,
     )  # fmt: skip
@@ -180,13 +203,13 @@ def _decode_row(
     stream = (residual, norm.square_sums, norm.weight, norm.eps)
     launch_in_turn(
         turns, kernel(ROW_SOURCE, "route_row", weights.macros), (_router_blocks(experts, hidden),), 32 * _ROUTE_WARPS, *stream,
-        weights.router, weights.fc.pre_quant_scale, workspace.logits, workspace.inputs,
+        weights.router, weights.fc.pre_quant_scale, workspace.logits, workspace.inputs, workspace.input_scales,
     )  # fmt: skip
     parts = weights.shared_width // weights.width
     launch_in_turn(
         turns, kernel(ROW_SOURCE, "experts_up_row", weights.macros), (weights.width // 16, parts + weights.routing.top_k),
-        32 * _UP_WARPS, *stream, workspace.inputs, workspace.logits, weights.correction_bias, weights.fc.codes,
-        weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, None if fc is None else fc.pre_quant_scale,
+        32 * _UP_WARPS, *stream, workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias,
+        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, None if fc is None else fc.pre_quant_scale,
         None if fc is None else fc.codes, None if fc is None else fc.scales, None if proj is None else proj.pre_quant_scale,
         workspace.shared,
     )  # fmt: skip
@@ -202,7 +225,12 @@ def _router_blocks(experts: int, hidden: int) -> int:
     return -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES)
 
 
+def up_bytes(hidden: int) -> int:
+    """Dynamic shared memory of a block of `experts_up`: 8 rows' inputs, then its warps' partial sums in their place."""
+    return max(COLUMNS * (2 * hidden + 64), _BLOCK_WARPS * 4 * COLUMNS * 20 * 4)
+
+
 def row_down_bytes(width: int) -> int:
     """Dynamic shared memory of a block of `experts_down_row`: of each warp its weights and inputs."""
     groups = -(-(width // 64) // 2)
-    return _ROW_DOWN_WARPS * (512 * min(groups, 8) + (32 + 128) * groups)
+    return _ROW_DOWN_WARPS * (512 * min(groups, 8) + (32 + 128) * groups + -(-4 * groups // 16) * 16)

@@ -15,7 +15,7 @@ from trtvlm.plugins.int4_linear import decode as linear
 from trtvlm.plugins.int4_linear.decode import MOST_ROWS, LinearWeight
 from trtvlm.plugins.int4_linear.device import half
 from trtvlm.plugins.int4_linear.gemm import gated_gemm, gemm
-from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up
+from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up, fix_inputs
 from trtvlm.plugins.int4_moe.grouped import MAX_EXPERTS, experts
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
@@ -100,9 +100,8 @@ def _ungrouped(routing: Routing, bias: Tensor | None) -> Routing:
 def _few(x: Tensor, router_logits: Tensor, weights: MoEWeights) -> Tensor:
     rows, hidden = x.shape
     workspace = MoEWorkspace.allocate(weights, rows, x.device)
-    scale = weights.fc.pre_quant_scale
     workspace.logits.copy_(router_logits)
-    workspace.inputs.copy_(x if scale is None else x * scale)
+    fix_inputs(x, weights, workspace, rows)
     if weights.shared_fc is not None and weights.shared_proj is not None:
         first = weights.shared_fc
         weight = LinearWeight(first.codes, first.scales, first.pre_quant_scale)

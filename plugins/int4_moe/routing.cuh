@@ -58,17 +58,17 @@ struct RouterRow {
     }
 };
 
-// half(x * rms * norm * scale) of four values of a row; scale may be null.
-DEVICE uint2 normalised_quad(const float* residual, const u16* norm, const u16* scale, int quad, float rms) {
-    const float4 x = reinterpret_cast<const float4*>(residual)[quad];
+// x * rms * norm * scale of four values of a row; scale may be null.
+DEVICE float4 normalised_quad(const float* residual, const u16* norm, const u16* scale, int quad, float rms) {
+    float4 x = reinterpret_cast<const float4*>(residual)[quad];
     const uint2 factor = reinterpret_cast<const uint2*>(norm)[quad];
-    float a = x.x * rms * low_half(factor.x), b = x.y * rms * high_half(factor.x);
-    float c = x.z * rms * low_half(factor.y), d = x.w * rms * high_half(factor.y);
+    x.x *= rms * low_half(factor.x), x.y *= rms * high_half(factor.x);
+    x.z *= rms * low_half(factor.y), x.w *= rms * high_half(factor.y);
     if (scale) {
         const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
-        a *= low_half(by.x), b *= high_half(by.x), c *= low_half(by.y), d *= high_half(by.y);
+        x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
     }
-    return uint2{floats_to_halves(a, b), floats_to_halves(c, d)};
+    return x;
 }
 
 // A float as an unsigned integer of the same order.

@@ -191,4 +191,5 @@ static inline float emulated_log(float x) { return std::log(x); }
 #define rsqrtf emulated_rsqrt
 #define __expf emulated_exp
 #define __logf emulated_log
+[[maybe_unused]] static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 [[maybe_unused]] static float __fdividef(float a, float b) { return a / b; }

@@ -42,6 +42,9 @@ static unsigned both_halves(Of of) {
     out = both_halves(
         [=](int s) { return to_half(double(to_float(half(a >> s))) * to_float(half(b >> s)) + to_float(half(c >> s))); });
 }
+[[maybe_unused]] static void max_f16x2(unsigned& out, unsigned a, unsigned b) {
+    out = both_halves([=](int s) { return to_half(std::fmax(to_float(half(a >> s)), to_float(half(b >> s)))); });
+}
 [[maybe_unused]] static void lop3_b32(unsigned& out, unsigned a, unsigned b, unsigned c, unsigned table) {
     unsigned result = 0;
     for (unsigned row = 0; row < 8; ++row)
@@ -236,6 +239,39 @@ static void multiply(char (*places)[Meeting::BYTES]) {
     float c1, float c2, float c3) {
     const Product mine = {{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
     const Product out = at<Product>(meet("mma.m16n8k16", ~0u, mine, multiply), int(emulation::lane()));
+    d0 = out.c[0], d1 = out.c[1], d2 = out.c[2], d3 = out.c[3];
+}
+
+struct ByteProduct {
+    unsigned a[4], b[2];
+    int c[4];
+};
+
+static void multiply_bytes(char (*places)[Meeting::BYTES]) {
+    int a[16][32], b[32][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const ByteProduct p = at<ByteProduct>(places, lane);
+        const int g = lane >> 2, t = lane & 3;
+        for (int s = 0; s < 4; ++s) {
+            for (int i = 0; i < 4; ++i) a[g + 8 * (i & 1)][4 * t + s + 16 * (i >> 1)] = (signed char)(p.a[i] >> 8 * s);
+            for (int i = 0; i < 2; ++i) b[4 * t + s + 16 * i][g] = (signed char)(p.b[i] >> 8 * s);
+        }
+    }
+    for (int m = 0; m < 16; ++m)
+        for (int n = 0; n < 8; ++n) {
+            int c;
+            char* place = places[(m & 7) * 4 + n / 2] + offsetof(ByteProduct, c) + 4 * ((n & 1) + 2 * (m >> 3));
+            memcpy(&c, place, 4);
+            for (int k = 0; k < 32; ++k) c += a[m][k] * b[k][n];
+            memcpy(place, &c, 4);
+        }
+}
+
+[[maybe_unused]] static void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
+    int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, int c0, int c1,
+    int c2, int c3) {
+    const ByteProduct mine = {{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+    const ByteProduct out = at<ByteProduct>(meet("mma.m16n8k32", ~0u, mine, multiply_bytes), int(emulation::lane()));
     d0 = out.c[0], d1 = out.c[1], d2 = out.c[2], d3 = out.c[3];
 }
 
