@@ -87,7 +87,12 @@ def test_experts(model: str, arch: str) -> None:
     )  # fmt: skip
     route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
     shared = {"route": route, "experts_up": moe.up_bytes(config.hidden_size)}
-    threads = {"route": 256, "fix_inputs": 256, "experts_up": 256, "experts_down": 256}
+    threads = {
+        "route": 256,
+        "fix_inputs": 256,
+        "experts_up": 256,
+        "experts_down": 32 * moe.down_warps(config.hidden_size),
+    }
     check(moe.SOURCE, dict(macros), arch, threads, shared)
     threads = {"route_row": 256, "experts_up_row": 128, "experts_down_row": 512}
     shared = {"experts_down_row": moe.row_down_bytes(width)}

@@ -271,41 +271,51 @@ extern "C" __global__ void __launch_bounds__(32 * BLOCK_WARPS, 2)
     finish_turn(turn);
 }
 
-constexpr int DOWN_WARPS = 8;
+// Where there are no more tiles than an H200 has multiprocessors a block has one for itself.
+constexpr int DOWN_WARPS = HIDDEN / TILE_ROWS > 132 ? 8 : 16;
 
 // The whole of K in one warp, in order: nothing decides a result but its own row. row: this lane's activations; x_scales: of the
 // rows of columns 2t and 2t + 1.
 DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const char* row,
                       const float* (&x_scales)[2]) {
-    constexpr int DEPTH = smaller(DOWN_GROUPS, 8);
+    constexpr int DEPTH = smaller(DOWN_GROUPS, 4);
     Int4Weight weight[DEPTH];
     FixedActivation x[DEPTH];
     float2 x_scale[DEPTH];
-    float rest[4] = {0.f, 0.f, 0.f, 0.f};
-    auto load_inputs = [&](int step) {
-        x[step % DEPTH] = load_fixed(row + step * GROUP_BYTES);
-        x_scale[step % DEPTH] = float2{x_scales[0][step], x_scales[1][step]};
+    float before[4] = {0.f, 0.f, 0.f, 0.f};  // of the first groups
+    auto load_inputs = [&](int place, int step) {
+        x[place] = load_fixed(row + step * GROUP_BYTES);
+        x_scale[place] = float2{x_scales[0][step], x_scales[1][step]};
     };
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) weight[step].load(codes, scales, first_group + step);
 #pragma unroll
-    for (int step = 0; step < DEPTH; ++step) load_inputs(step);
+    for (int step = 0; step < DEPTH; ++step) load_inputs(step, step);
+    // A loop, or else loads of many steps would be in registers at once.
+#pragma unroll 1
+    for (int first = 0; first < DOWN_GROUPS; first += DEPTH) {
 #pragma unroll
-    for (int step = 0; step < DOWN_GROUPS; ++step) {
-        const Int4Weight& w = weight[step % DEPTH];
-        fixed_tile(step < FIRST_GROUPS ? sum : rest, w.codes, w.scale, x[step % DEPTH], x_scale[step % DEPTH]);
-        if (step + DEPTH < DOWN_GROUPS) {
-            weight[step % DEPTH].load(codes, scales, first_group + step + DEPTH);
-            load_inputs(step + DEPTH);
+        for (int i = 0; i < DEPTH; ++i) {
+            const int step = first + i;
+            if (DOWN_GROUPS % DEPTH && step >= DOWN_GROUPS) break;
+            if (step == FIRST_GROUPS) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) before[j] = sum[j], sum[j] = 0.f;
+            }
+            fixed_tile(sum, weight[i].codes, weight[i].scale, x[i], x_scale[i]);
+            if (step + DEPTH < DOWN_GROUPS) {
+                weight[i].load(codes, scales, first_group + step + DEPTH);
+                load_inputs(i, step + DEPTH);
+            }
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += rest[i];
+    for (int i = 0; i < 4; ++i) sum[i] = before[i] + sum[i];
 }
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
 // or a part of the shared expert.
-extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 1)
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 16 / DOWN_WARPS)
     experts_down(const char* hidden, const float* hidden_scales, const char* shared_hidden, const float* shared_hidden_scales, const int* work, const float* weights, const uint4* codes,
                  const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
                  int all_rows, TurnCounters* turns, int index, int before_blocks) {

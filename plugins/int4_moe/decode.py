@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trtvlm.plugins.cuda.ahead import NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
 from trtvlm.plugins.int4_moe.reference import Routing
 
 SOURCE, ROW_SOURCE = "int4_moe/decode.cu", "int4_moe/row.cu"
-_ROUTE_WARPS, _UP_WARPS, _BLOCK_WARPS, _DOWN_WARPS, _ROW_DOWN_WARPS = 8, 4, 8, 8, 16
+_ROUTE_WARPS, _UP_WARPS, _BLOCK_WARPS, _ROW_DOWN_WARPS = 8, 4, 8, 16
 _ROUTER_EXPERTS, _INPUT_VALUES = 2, 256
 
 
@@ -62,10 +63,9 @@ class MoEWeights:
         return 0 if self.shared_proj is None else 64 * self.shared_proj.codes.shape[1]
 
     @property
-    def coming(self) -> list[Tensor | None]:
-        """The weights that every token reads, in order."""
-        shared = [part for part in (self.shared_fc, self.shared_proj) if part is not None]
-        return [self.router, *(tensor for part in shared for tensor in (part.codes, part.scales))]
+    def shared_expert(self) -> list[Tensor]:
+        """The shared expert's codes and scales, in the order they are read."""
+        return [tensor for part in (self.shared_fc, self.shared_proj) if part for tensor in (part.codes, part.scales)]
 
     @property
     def macros(self) -> Defines:
@@ -116,14 +116,21 @@ class MoEWorkspace:
 
 
 def moe_decode(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
+    residual: Tensor,
+    norm: Norm,
+    weights: MoEWeights,
+    workspace: MoEWorkspace,
+    rows: int,
+    turns: Turns | None = None,
+    coming: Ahead = NOTHING,
 ) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
 
-    turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
+    turns: of the step, if its launches overlap; coming: weights that a step of one row brings into L2 at the end.
+    ValueError here and below: more than 16 rows.
     """
     if rows == 1:
-        _decode_row(residual, norm, weights, workspace, turns)
+        _decode_row(residual, norm, weights, workspace, turns, coming)
         return
     route(residual, norm, weights, workspace, rows, turns)
     experts_up(weights, workspace, rows, turns)
@@ -187,7 +194,7 @@ def experts_down(
     shared = weights.shared_proj
     launch_in_turn(
         turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
-        32 * _DOWN_WARPS, workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales,
+        32 * down_warps(residual.shape[1]), workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales,
         workspace.work, workspace.weights, weights.proj.codes,
         weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
         square_sums, rows,
@@ -195,7 +202,7 @@ def experts_down(
 
 
 def _decode_row(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None, coming: Ahead
 ) -> None:
     """The layer of one row: kernels that overlap better, with the same bits."""
     experts, hidden = weights.router.shape
@@ -209,20 +216,25 @@ def _decode_row(
     launch_in_turn(
         turns, kernel(ROW_SOURCE, "experts_up_row", weights.macros), (weights.width // 16, parts + weights.routing.top_k),
         32 * _UP_WARPS, *stream, workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias,
-        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, None if fc is None else fc.pre_quant_scale,
-        None if fc is None else fc.codes, None if fc is None else fc.scales, None if proj is None else proj.pre_quant_scale,
-        workspace.shared,
+        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden,
+        None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
+        None if proj is None else proj.pre_quant_scale, workspace.shared,
     )  # fmt: skip
     launch_in_turn(
         turns, kernel(ROW_SOURCE, "experts_down_row", weights.macros), (hidden // 16,), 32 * _ROW_DOWN_WARPS, workspace.hidden,
         workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes, weights.proj.scales,
         None if proj is None else proj.codes, None if proj is None else proj.scales, residual, norm.square_sums,
-        shared=row_down_bytes(weights.width),
+        coming.pieces, coming.count, shared=row_down_bytes(weights.width),
     )  # fmt: skip
 
 
 def _router_blocks(experts: int, hidden: int) -> int:
     return -(-experts // _ROUTER_EXPERTS) + -(-hidden // _INPUT_VALUES)
+
+
+def down_warps(hidden: int) -> int:
+    """Warps of a block of `experts_down`."""
+    return 8 if hidden // 16 > 132 else 16
 
 
 def up_bytes(hidden: int) -> int:

@@ -31,7 +31,7 @@ Candidates = tuple[Tensor, Tensor]
 _LAUNCHES = 8  # of a layer, at most
 OVERLAP_VARIABLE = "TRTVLM_OVERLAP"
 """Of the environment: "0" keeps launches from overlapping, should a driver not run a graph's two branches at once."""
-OVERLAPPING_ROWS = 4
+OVERLAPPING_ROWS = 2
 """Steps of more rows have more blocks than leave room for another launch, and gain more from weights fetched ahead."""
 
 
@@ -71,6 +71,7 @@ class DecodeProgram:
         self.residual = torch.zeros(rows, hidden, device=device)
         self.square_sums = torch.zeros(rows, hidden // 16, device=device)
         self._layers = [self._pack(layer) for layer in weights.layers]
+        self._following = [self._shared_expert(index + 1) for index in range(len(self._layers))]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
         launches = _LAUNCHES * len(self._layers) + 1
         overlap = overlap and os.environ.get(OVERLAP_VARIABLE) != "0"
@@ -129,7 +130,7 @@ class DecodeProgram:
         layer = self._layers[index]
         if layer.moe is not None:
             assert self._moe is not None
-            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, turns)
+            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, turns, self._following[index])
             return
         assert layer.fc is not None
         assert layer.proj is not None
@@ -189,6 +190,13 @@ class DecodeProgram:
             turns,
         )
 
+    def _shared_expert(self, index: int) -> Ahead:
+        """The weights of layer `index`'s shared expert, which a step of one row fetches as the layer before ends."""
+        layer = self._layers[index] if index < len(self._layers) else None
+        if layer is None or layer.moe is None or not self.residual.is_cuda:
+            return NOTHING
+        return ahead(layer.moe.shared_expert)
+
     def _pack(self, layer: LayerWeights) -> _Layer:
         qkv = LinearWeight(
             layer.qkv.codes, layer.qkv.scales, layer.qkv.pre_quant_scale, layer.fused_a
@@ -201,7 +209,7 @@ class DecodeProgram:
                 *shared,
             )  # fmt: skip
         dense = layer.moe is None
-        coming = [layer.dense.codes, layer.dense.scales, *([] if moe is None else moe.coming)]
+        coming = [layer.dense.codes, layer.dense.scales, *([] if moe is None else [moe.router, *moe.shared_expert])]
         return _Layer(
             Norm(layer.input_norm, self.square_sums, self.weights.eps),
             Norm(layer.post_norm, self.square_sums, self.weights.eps),
