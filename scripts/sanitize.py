@@ -27,10 +27,11 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TESTS = (
     "not graph and not replay and not opcheck and not 102400 and not 129280 and (nano or test_embedding_cuda"
     " or (test_fused_add_rms_norm_cuda and not 1000) or (test_sampling_cuda and 1024)"
-    " or test_speculative_accept_cuda or test_device"
+    " or test_speculative_accept_cuda or (test_device and not 300 and not 40 and not do_not_take)"
     " or divide_into_no_whole_blocks)"
 )
-"""What pytest's -k is given: sizes of the bundled models, no CUDA graphs (they want the caching allocator)."""
+"""What pytest's -k is given: sizes of the bundled models, no CUDA graphs (they want the caching allocator), and nothing that
+PyTorch's own matrix products compute (racecheck breaks in one of them, though it is told to leave it alone)."""
 
 WRONG = {
     # Far outside, however the allocator rounds.

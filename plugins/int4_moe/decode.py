@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import Defines, defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
@@ -116,21 +115,14 @@ class MoEWorkspace:
 
 
 def moe_decode(
-    residual: Tensor,
-    norm: Norm,
-    weights: MoEWeights,
-    workspace: MoEWorkspace,
-    rows: int,
-    turns: Turns | None = None,
-    coming: Ahead = NOTHING,
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
 ) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
 
-    turns: of the step, if its launches overlap; coming: weights that a step of one row brings into L2 at the end.
-    ValueError here and below: more than 16 rows.
+    turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
     """
     if rows == 1:
-        _decode_row(residual, norm, weights, workspace, turns, coming)
+        _decode_row(residual, norm, weights, workspace, turns)
         return
     route(residual, norm, weights, workspace, rows, turns)
     experts_up(weights, workspace, rows, turns)
@@ -202,7 +194,7 @@ def experts_down(
 
 
 def _decode_row(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None, coming: Ahead
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None
 ) -> None:
     """The layer of one row: kernels that overlap better, with the same bits."""
     experts, hidden = weights.router.shape
@@ -224,7 +216,7 @@ def _decode_row(
         turns, kernel(ROW_SOURCE, "experts_down_row", weights.macros), (hidden // 16,), 32 * _ROW_DOWN_WARPS, workspace.hidden,
         workspace.shared, workspace.logits, weights.correction_bias, weights.proj.codes, weights.proj.scales,
         None if proj is None else proj.codes, None if proj is None else proj.scales, residual, norm.square_sums,
-        coming.pieces, coming.count, shared=row_down_bytes(weights.width),
+        shared=row_down_bytes(weights.width),
     )  # fmt: skip
 
 

@@ -165,11 +165,11 @@ struct HalfUnit {
     }
 };
 
-// Block (tile): 16 values of the residual stream. At the end the blocks ask for the weights of `coming` to be brought into L2.
+// Block (tile): 16 values of the residual stream.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
     experts_down_row(const u16* hidden, const u16* shared_hidden, const float* logits, const float* bias, const uint4* codes,
                      const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                     const u64* coming, int coming_count, TurnCounters* turns, int index, int before) {
+                     TurnCounters* turns, int index, int before) {
     __shared__ float sums[UNITS][2][TILE_ROWS], weights[TOP_K];
     __shared__ int chosen[TOP_K];
     extern __shared__ uint4 shared[];
@@ -232,5 +232,4 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 2)
         if (threadIdx.x == 0) square_sums[tile] = square;
     }
     finish_turn(turn);
-    fetch_ahead(coming, coming_count, blockIdx.x, gridDim.x);  // memory is idle while attention begins
 }

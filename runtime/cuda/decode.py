@@ -71,7 +71,6 @@ class DecodeProgram:
         self.residual = torch.zeros(rows, hidden, device=device)
         self.square_sums = torch.zeros(rows, hidden // 16, device=device)
         self._layers = [self._pack(layer) for layer in weights.layers]
-        self._following = [self._shared_expert(index + 1) for index in range(len(self._layers))]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
         launches = _LAUNCHES * len(self._layers) + 1
         overlap = overlap and os.environ.get(OVERLAP_VARIABLE) != "0"
@@ -130,7 +129,7 @@ class DecodeProgram:
         layer = self._layers[index]
         if layer.moe is not None:
             assert self._moe is not None
-            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, turns, self._following[index])
+            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, turns)
             return
         assert layer.fc is not None
         assert layer.proj is not None
@@ -189,13 +188,6 @@ class DecodeProgram:
             layer.coming,
             turns,
         )
-
-    def _shared_expert(self, index: int) -> Ahead:
-        """The weights of layer `index`'s shared expert, which a step of one row fetches as the layer before ends."""
-        layer = self._layers[index] if index < len(self._layers) else None
-        if layer is None or layer.moe is None or not self.residual.is_cuda:
-            return NOTHING
-        return ahead(layer.moe.shared_expert)
 
     def _pack(self, layer: LayerWeights) -> _Layer:
         qkv = LinearWeight(
