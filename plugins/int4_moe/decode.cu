@@ -87,8 +87,8 @@ DEVICE float* scales_of(float* scales) { return scales + blockIdx.y * Up::GROUPS
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, 2)
     route(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,
           const u16* expert_scale, float* logits, char* inputs, float* input_scales, const u16* shared_scale,
-          const uint4* shared_codes, const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes, TurnCounters* turns, int index,
-          int before) {
+          const uint4* shared_codes, const u32* shared_scales, const u16* shared_next, u16* shared_out, int all_rows, int bytes,
+          TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
     const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
@@ -316,9 +316,10 @@ DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, in
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
 // or a part of the shared expert.
 extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 16 / DOWN_WARPS)
-    experts_down(const char* hidden, const float* hidden_scales, const char* shared_hidden, const float* shared_hidden_scales, const int* work, const float* weights, const uint4* codes,
-                 const u32* scales, const uint4* shared_codes, const u32* shared_scales, float* residual, float* square_sums,
-                 int all_rows, TurnCounters* turns, int index, int before_blocks) {
+    experts_down(const char* hidden, const float* hidden_scales, const char* shared_hidden, const float* shared_hidden_scales,
+                 const int* work, const float* weights, const uint4* codes, const u32* scales, const uint4* shared_codes,
+                 const u32* shared_scales, float* residual, float* square_sums, int all_rows, TurnCounters* turns, int index,
+                 int before_blocks) {
     const Turn turn = {turns, index, before_blocks};
     __shared__ float routed[COLUMNS][TOP_K][TILE_ROWS], shared_sum[larger(1, SHARED_PARTS)][COLUMNS][TILE_ROWS];
     constexpr int TILES = HIDDEN / TILE_ROWS, OUTPUTS = COLUMNS * TILE_ROWS;

@@ -1,6 +1,6 @@
 // A MoE layer for one activation row in three launches that overlap well: few registers a block, and all that a later launch reads in
-// any case asked for early. route_row (the router's product, the experts' inputs, the shared expert's first half), experts_up_row,
-// experts_down_row. Every sum is in the order of decode.cu, so that the bits are those of a row among others.
+// any case asked for early. route_row (the router's product, the experts' inputs), experts_up_row (the shared expert beside it, the
+// chosen ones after it), experts_down_row. Every sum is in the order of decode.cu, so that the bits are those of a row among others.
 // Macros: as decode.cu's.
 #include "int4_moe/router.cuh"
 #include "int4_linear/weights.cuh"
@@ -89,7 +89,8 @@ extern "C" __global__ void __launch_bounds__(32 * UP_WARPS, 7)
         // The residual stream is of the launch before the last: the shared expert waits for nobody.
         UpTiles<SHARED / TILE_ROWS, MOST_SPLIT> tiles;
         tiles.ask(shared_codes, shared_scales, blockIdx.y * EXPERT_TILES + blockIdx.x);
-        normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(reinterpret_cast<u16*>(x), residual, square_sums, norm, shared_scale, 1, eps);
+        u16* halves = reinterpret_cast<u16*>(x);
+        normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(halves, residual, square_sums, norm, shared_scale, 1, eps);
         __syncwarp();
         fix_groups<Up::STEPS>(x, x_scales, Up::count());
         __syncwarp();
@@ -149,7 +150,8 @@ struct HalfUnit {
         copy_commit();
 #pragma unroll
         for (int i = 0; i < HELD_GROUPS; ++i)
-            if (LANDED_GROUPS + i < SECOND_GROUPS || LANDED_GROUPS + i < count) held[i] = load_stream(codes + (LANDED_GROUPS + i) * 32 + lane_id());
+            if (LANDED_GROUPS + i < SECOND_GROUPS || LANDED_GROUPS + i < count)
+                held[i] = load_stream(codes + (LANDED_GROUPS + i) * 32 + lane_id());
     }
 
     DEVICE void multiply(float (&sum)[2], int count, const uint4* landing, const char* x, const float* x_scales) const {
