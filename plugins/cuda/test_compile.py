@@ -83,7 +83,7 @@ def test_experts(model: str, arch: str) -> None:
         HIDDEN=config.hidden_size, WIDTH=width, EXPERTS=config.n_routed_experts or 0,
         TOP_K=config.num_experts_per_tok or 0, SHARED=width * (config.n_shared_experts or 0), SIGMOID=int(sigmoid),
         NORMALISE=int(config.norm_topk_prob), SCALING=float(config.routed_scaling_factor), BIASED=int(sigmoid),
-        EXPERT_SCALED=1, SHARED_SCALED=1,
+        EXPERT_SCALED=1, SHARED_SCALED=1, DOWN_BLOCK_WARPS=moe.down_warps(config.hidden_size),
     )  # fmt: skip
     route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
     shared = {"route": route, "experts_up": moe.up_bytes(config.hidden_size)}

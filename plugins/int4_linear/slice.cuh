@@ -10,9 +10,10 @@ struct Slice {
     static constexpr int STEPS = (GROUPS + WARPS - 1) / WARPS;  // groups of a warp, the last one perhaps missing
     static constexpr int STRIDE = STEPS * TILE_INPUTS + ROW_PAD;  // halves between rows of a warp's activations
 
-    DEVICE static int group(int step) { return warp_id() + step * WARPS; }
+    // `slice`: of the inputs; a block of more warps has several to a slice.
+    DEVICE static int group(int step, int slice = warp_id()) { return slice + step * WARPS; }
     DEVICE static int count() { return STEPS - int(!has(STEPS - 1)); }
-    DEVICE static bool has(int step) { return (step + 1) * WARPS <= GROUPS || group(step) < GROUPS; }
+    DEVICE static bool has(int step, int slice = warp_id()) { return (step + 1) * WARPS <= GROUPS || group(step, slice) < GROUPS; }
 };
 
 // Partial sums of one tile in shared memory: a float at column * PARTIAL_COLUMN + output. 20 keeps stores free of conflicts.
@@ -112,10 +113,10 @@ DEVICE void normalise_slice(u16* to, const float* residual, const float* square_
     }
 }
 
-// The same with as many loads under way as the rows are worth, MOST at most.
-template <int INPUTS, int WARPS, bool SCALED, int MOST = 4>
+// The same with as many loads under way as the rows are worth.
+template <int INPUTS, int WARPS, bool SCALED>
 DEVICE void normalise_rows(u16* to, const float* residual, const float* square_sums, const u16* weight,
                            const u16* pre_quant_scale, int rows, float eps) {
     if (rows <= 2) normalise_slice<INPUTS, WARPS, SCALED, 1>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
-    else normalise_slice<INPUTS, WARPS, SCALED, MOST>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
+    else normalise_slice<INPUTS, WARPS, SCALED, 4>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
 }

@@ -91,13 +91,8 @@ def bench(name: str) -> None:
         shared = random_mlp(hidden, beside, None, "cuda", scaled=True) if beside else None
         layers.append(weights_of(config, experts, shared, "cuda"))
     for rows in (1, 4, 8):
-        names = (
-            "route",
-            "experts_up",
-            "experts_down",
-            "layer",
-        )  # of one row, a layer is three kernels of its own (row.cu)
-        launches: dict[str, list[Callable[[], None]]] = {name: [] for name in names}
+        # Of one row, a layer is three kernels of its own (row.cu).
+        launches: dict[str, list[Callable[[], None]]] = {"route": [], "experts_up": [], "experts_down": [], "layer": []}
         chosen = 0
         for weights in layers:
             residual = torch.randn(rows, hidden, device="cuda")

@@ -3,7 +3,8 @@
 // experts_down. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows. A row alone has
 // kernels of its own (row.cu), with the same sums in the same order.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
-// SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale.
+// SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale; DOWN_BLOCK_WARPS: of
+// experts_down.
 #include "int4_moe/router.cuh"
 #include "int4_linear/weights.cuh"
 
@@ -117,10 +118,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
         if (quad < QUADS) {
             const uint2 halves = reinterpret_cast<const uint2*>(x + size_t(row0 + row) * HIDDEN)[quad];
             value = quad_of(halves.x, halves.y);
-            if (EXPERT_SCALED) {
-                const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
-                value.x *= low_half(by.x), value.y *= high_half(by.x), value.z *= low_half(by.y), value.w *= high_half(by.y);
-            }
+            if (EXPERT_SCALED) scale_quad(value, scale, quad);
         }
         store_inputs(value, row, quad, inputs_of(inputs), scales_of(input_scales));
     }
@@ -166,8 +164,6 @@ DEVICE void expert_up(int part, const Entry& entry, const char* inputs, const fl
     __shared__ __align__(16) float x_scales[GROUPS * COLUMNS];
     __shared__ Entry kept;  // until the end; registers are scarce
     const int slice = warp_id() % UP_WARPS, tile0 = part * BLOCK_TILES + warp_id() / UP_WARPS * WARP_TILES;
-    auto group = [&](int step) { return slice + step * UP_WARPS; };
-    auto has = [&](int step) { return (step + 1) * UP_WARPS <= GROUPS || group(step) < GROUPS; };
     const size_t first = size_t(entry.expert) * 2 * EXPERT_TILES + tile0;
     codes += first * GROUPS * 32;
     scales += first * GROUPS * 8;
@@ -175,10 +171,10 @@ DEVICE void expert_up(int part, const Entry& entry, const char* inputs, const fl
     const char* x = rows_inputs + (lane_id() >> 2) * ROW_BYTES;  // what a row that is not there gives is never used
     Int4Weight weight[DEPTH][WARP_TILES][2];
     auto load = [&](int place, int step) {
-        if (!has(step)) return;
+        if (!Up::has(step, slice)) return;
 #pragma unroll
         for (int i = 0; i < 2 * WARP_TILES; ++i)
-            weight[place][i / 2][i & 1].load(codes, scales, (i / 2 + (i & 1) * EXPERT_TILES) * GROUPS + group(step));
+            weight[place][i / 2][i & 1].load(codes, scales, (i / 2 + (i & 1) * EXPERT_TILES) * GROUPS + Up::group(step, slice));
     };
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load(step, step);
@@ -199,9 +195,10 @@ DEVICE void expert_up(int part, const Entry& entry, const char* inputs, const fl
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
             const int step = first + i;
-            if (step >= Up::STEPS || !has(step)) break;
-            const FixedActivation now = load_fixed(x + group(step) * GROUP_BYTES);
-            const float2 scale = *reinterpret_cast<const float2*>(x_scales + group(step) * COLUMNS + 2 * (lane_id() & 3));
+            if (step >= Up::STEPS || !Up::has(step, slice)) break;
+            const int group = Up::group(step, slice);
+            const FixedActivation now = load_fixed(x + group * GROUP_BYTES);
+            const float2 scale = *reinterpret_cast<const float2*>(x_scales + group * COLUMNS + 2 * (lane_id() & 3));
 #pragma unroll
             for (int j = 0; j < 2 * WARP_TILES; ++j) {
                 const Int4Weight& w = weight[i][j / 2][j & 1];
@@ -271,9 +268,6 @@ extern "C" __global__ void __launch_bounds__(32 * BLOCK_WARPS, 2)
     finish_turn(turn);
 }
 
-// Where there are no more tiles than an H200 has multiprocessors a block has one for itself.
-constexpr int DOWN_WARPS = HIDDEN / TILE_ROWS > 132 ? 8 : 16;
-
 // The whole of K in one warp, in order: nothing decides a result but its own row. row: this lane's activations; x_scales: of the
 // rows of columns 2t and 2t + 1.
 DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, int first_group, const char* row,
@@ -315,7 +309,7 @@ DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, in
 
 // Block (tile, tile of rows): 16 values of the residual stream of up to 8 rows. Warps take units: an entry of the work list,
 // or a part of the shared expert.
-extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 16 / DOWN_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * DOWN_BLOCK_WARPS, 16 / DOWN_BLOCK_WARPS)
     experts_down(const char* hidden, const float* hidden_scales, const char* shared_hidden, const float* shared_hidden_scales,
                  const int* work, const float* weights, const uint4* codes, const u32* scales, const uint4* shared_codes,
                  const u32* shared_scales, float* residual, float* square_sums, int all_rows, TurnCounters* turns, int index,
@@ -337,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS, 16 / DOWN_WARPS)
     const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
     int expert = work[WORK_EXPERT + mine];
     u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
-    for (int unit = warp_id(); unit < units; unit += DOWN_WARPS) {
+    for (int unit = warp_id(); unit < units; unit += DOWN_BLOCK_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
         if (unit < SHARED_PARTS) {
             constexpr int GROUPS = SHARED / TILE_INPUTS;

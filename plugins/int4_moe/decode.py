@@ -75,6 +75,7 @@ class MoEWeights:
             SHARED=self.shared_width, SIGMOID=int(self.routing.scoring == "sigmoid"), NORMALISE=int(self.routing.normalise),
             SCALING=float(self.routing.scaling), BIASED=int(self.correction_bias is not None),
             EXPERT_SCALED=int(self.fc.pre_quant_scale is not None), SHARED_SCALED=int(shared_scale is not None),
+            DOWN_BLOCK_WARPS=down_warps(self.router.shape[1]),
         )  # fmt: skip
 
 
@@ -167,9 +168,9 @@ def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: T
     launch_in_turn(
         turns, kernel(SOURCE, "experts_up", weights.macros), (1 + weights.width // 64, entries, -(-rows // COLUMNS)),
         32 * _BLOCK_WARPS, workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias,
-        workspace.weights, workspace.work,
-        weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, workspace.hidden, workspace.hidden_scales,
-        workspace.shared, workspace.shared_scales, rows, shared=up_bytes(weights.router.shape[1]),
+        workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale,
+        workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales, rows,
+        shared=up_bytes(weights.router.shape[1]),
     )  # fmt: skip
 
 
@@ -187,9 +188,8 @@ def experts_down(
     launch_in_turn(
         turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
         32 * down_warps(residual.shape[1]), workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales,
-        workspace.work, workspace.weights, weights.proj.codes,
-        weights.proj.scales, None if shared is None else shared.codes, None if shared is None else shared.scales, residual,
-        square_sums, rows,
+        workspace.work, workspace.weights, weights.proj.codes, weights.proj.scales,
+        None if shared is None else shared.codes, None if shared is None else shared.scales, residual, square_sums, rows,
     )  # fmt: skip
 
 
@@ -225,13 +225,13 @@ def _router_blocks(experts: int, hidden: int) -> int:
 
 
 def down_warps(hidden: int) -> int:
-    """Warps of a block of `experts_down`."""
+    """Warps of a block of `experts_down`: where an H200 has a multiprocessor for each block, as many as two blocks would have."""
     return 8 if hidden // 16 > 132 else 16
 
 
 def up_bytes(hidden: int) -> int:
     """Dynamic shared memory of a block of `experts_up`: 8 rows' inputs, then its warps' partial sums in their place."""
-    return max(COLUMNS * (2 * hidden + 64), _BLOCK_WARPS * 4 * COLUMNS * 20 * 4)
+    return max(COLUMNS * (2 * hidden + 64), shared_bytes(hidden, _BLOCK_WARPS, COLUMNS, tiles=4, normalised=False))
 
 
 def row_down_bytes(width: int) -> int:

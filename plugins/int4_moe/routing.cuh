@@ -58,16 +58,19 @@ struct RouterRow {
     }
 };
 
+// Four values times theirs of a vector of halves.
+DEVICE void scale_quad(float4& x, const u16* scale, int quad) {
+    const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
+    x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
+}
+
 // x * rms * norm * scale of four values of a row; scale may be null.
 DEVICE float4 normalised_quad(const float* residual, const u16* norm, const u16* scale, int quad, float rms) {
     float4 x = reinterpret_cast<const float4*>(residual)[quad];
     const uint2 factor = reinterpret_cast<const uint2*>(norm)[quad];
     x.x *= rms * low_half(factor.x), x.y *= rms * high_half(factor.x);
     x.z *= rms * low_half(factor.y), x.w *= rms * high_half(factor.y);
-    if (scale) {
-        const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
-        x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
-    }
+    if (scale) scale_quad(x, scale, quad);
     return x;
 }
 

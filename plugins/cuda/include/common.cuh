@@ -53,13 +53,17 @@ DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
     return out;
 }
 
-// (a & mask) | bits, in one instruction.
-template <u32 mask, u32 bits>
-DEVICE u32 and_or(u32 a) {
+// (a & mask) | bits and (a & mask) ^ bits, in one instruction: `table` has their bit for each of a, mask and bits (PTX ISA, lop3).
+template <u32 mask, u32 bits, u32 table>
+DEVICE u32 masked(u32 a) {
     u32 out;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "n"(mask), "n"(bits));
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(a), "n"(mask), "n"(bits), "n"(table));
     return out;
 }
+template <u32 mask, u32 bits>
+DEVICE u32 and_or(u32 a) { return masked<mask, bits, 0xea>(a); }
+template <u32 mask, u32 bits>
+DEVICE u32 and_xor(u32 a) { return masked<mask, bits, 0x6a>(a); }
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 

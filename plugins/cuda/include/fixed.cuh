@@ -87,14 +87,6 @@ DEVICE void mma_16x8x32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// (a & mask) ^ bits, in one instruction.
-template <u32 mask, u32 bits>
-DEVICE u32 and_xor(u32 a) {
-    u32 out;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "n"(mask), "n"(bits));
-    return out;
-}
-
 // Half a tile's codes (stored + 8) -> 16 times their values, as signed bytes.
 DEVICE void int4_to_bytes(u32 (&out)[4], u32 first, u32 second) {
     constexpr u32 mask = 0xf0f0f0f0, sign = 0x80808080;
