@@ -170,9 +170,10 @@ def test_experts_bytes_by_hand() -> None:
     one = 2048 * 1408 * 0.53125
     found = kernel_bytes(config, "int8", 1, 1024)
     scales = 26 * 2 * 6 / 64
-    # Of one row: the shared expert, as wide as two, goes beside the routed ones, with scales for the inputs of gate and up.
-    assert found["experts_up_row"] == pytest.approx(26 * (6 + 2) * 2 * one + scales * 2048 + 26 * 4 * 2048)
-    assert found["experts_down_row"] == pytest.approx(26 * (6 * one + 2 * one) + scales * 1408 + 26 * 2 * 2816)
+    # Of one row: the shared expert, as wide as two, has its first half beside the router.
+    router = 26 * (4 * 64 * 2048 + 2 * 2048)
+    assert found["route_row"] == pytest.approx(router + 26 * 2 * 2 * one + 26 * 4 * 2048)
+    assert found["experts_row"] == pytest.approx(26 * (6 * 3 + 2) * one + scales * (2048 + 1408) + 26 * 2 * 2816)
     assert found["attend"] == 2 * 1025 * 27 * 576
 
 

@@ -1,6 +1,7 @@
 """The kernels of linear layers, the LM head and experts compile for every architecture, within what SM 8.6 has."""
 
 import pytest
+import torch
 
 from trtvlm.model.config import LanguageConfig
 from trtvlm.model.sizes import SIZES, language_size
@@ -8,6 +9,9 @@ from trtvlm.plugins.cuda.compiler import ARCHITECTURES, PLUGINS, SHARED_LIMIT, c
 from trtvlm.plugins.cuda.launch import defines
 from trtvlm.plugins.int4_linear import decode as linear
 from trtvlm.plugins.int4_moe import decode as moe
+from trtvlm.plugins.int4_moe import row as moe_row
+from trtvlm.plugins.int4_moe.layer import MoEWeights, Tiles, down_warps
+from trtvlm.plugins.int4_moe.reference import Routing
 from trtvlm.plugins.int8_linear import decode as head
 
 MODELS = (*SIZES, "nano", "nano-draft")
@@ -54,12 +58,16 @@ def linears(config: LanguageConfig) -> dict[str, tuple[int, int, int, int, bool]
 @pytest.mark.parametrize("model", MODELS)
 def test_linear(model: str, layer: str, arch: str) -> None:
     inputs, tiles, halves, epilogue, normalised = linears(language_size(model))[layer]
-    macros, blocks, warps = linear.macros(inputs, tiles, halves, epilogue=epilogue, normalised=normalised, scaled=True)
-    values = dict(macros)
-    held = int(values["INT4_BLOCK"]) * (2 if epilogue == 2 else 1)
-    shared = linear.shared_bytes(inputs, warps, ROWS, tiles=held, normalised=normalised)
-    check(linear.SOURCE, values, arch, 32 * warps, shared)
-    assert blocks >= halves
+    for one_row in (False, True):
+        macros, blocks, warps = linear.macros(
+            inputs, tiles, halves, epilogue=epilogue, normalised=normalised, scaled=True, one_row=one_row
+        )
+        values = dict(macros)
+        held = int(values["INT4_BLOCK"]) * (2 if epilogue == 2 else 1)
+        rows = 1 if one_row else ROWS
+        shared = linear.shared_bytes(inputs, warps, rows, tiles=held, normalised=normalised)
+        check(linear.SOURCE, values, arch, 32 * warps, shared)
+        assert blocks >= halves
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -73,27 +81,41 @@ def test_head(model: str, kind: str, arch: str) -> None:
     check(head.SOURCE, dict(macros), arch, 32 * warps, ROWS * (config.hidden_size + 8) * 2)
 
 
+def experts(config: LanguageConfig) -> MoEWeights:
+    """A MoE layer without its numbers."""
+    hidden, width, shared = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts or 0
+
+    def tiles(outputs: int, inputs: int, *stacked: int) -> Tiles:
+        return Tiles(
+            *(
+                torch.empty(*stacked, *shape, device="meta")
+                for shape in ((outputs // 16, inputs // 64), (1,), (inputs,))
+            )
+        )
+
+    count, scoring = config.n_routed_experts or 0, config.scoring_func
+    routing = Routing(config.num_experts_per_tok or 0, scoring, config.norm_topk_prob, config.routed_scaling_factor)
+    return MoEWeights(
+        torch.empty(count, hidden, device="meta"), torch.empty(count) if scoring == "sigmoid" else None, routing,
+        tiles(2 * width, hidden, count), tiles(hidden, width, count),
+        tiles(2 * shared * width, hidden), tiles(hidden, shared * width),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("model", MODELS)
 def test_experts(model: str, arch: str) -> None:
-    config = language_size(model)
-    width = config.moe_intermediate_size
-    sigmoid = config.scoring_func == "sigmoid"
-    macros = defines(
-        HIDDEN=config.hidden_size, WIDTH=width, EXPERTS=config.n_routed_experts or 0,
-        TOP_K=config.num_experts_per_tok or 0, SHARED=width * (config.n_shared_experts or 0), SIGMOID=int(sigmoid),
-        NORMALISE=int(config.norm_topk_prob), SCALING=float(config.routed_scaling_factor), BIASED=int(sigmoid),
-        EXPERT_SCALED=1, SHARED_SCALED=1, DOWN_BLOCK_WARPS=moe.down_warps(config.hidden_size),
-    )  # fmt: skip
-    route = linear.shared_bytes(config.hidden_size, 8, ROWS, tiles=2, normalised=True)
-    shared = {"route": route, "experts_up": moe.up_bytes(config.hidden_size)}
-    threads = {
-        "route": 256,
-        "fix_inputs": 256,
-        "experts_up": 256,
-        "experts_down": 32 * moe.down_warps(config.hidden_size),
-    }
-    check(moe.SOURCE, dict(macros), arch, threads, shared)
-    threads = {"route_row": 256, "experts_up_row": 128, "experts_down_row": 512}
-    shared = {"experts_down_row": moe.row_down_bytes(width)}
-    check(moe.ROW_SOURCE, dict(macros), arch, threads, shared)
+    layer = experts(language_size(model))
+    hidden = layer.router.shape[1]
+    route = linear.shared_bytes(hidden, 8, ROWS, tiles=2, normalised=True)
+    threads = {"route": 256, "fix_inputs": 256, "experts_up": 256, "experts_down": 32 * down_warps(hidden)}
+    check(moe.SOURCE, dict(layer.macros), arch, threads, {"route": route, "experts_up": moe.up_bytes(hidden)})
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("model", MODELS)
+def test_experts_of_a_lone_row(model: str, arch: str) -> None:
+    layer = experts(language_size(model))
+    threads = {"route_row": 32 * moe_row.ROUTE_WARPS, "experts_row": 32 * moe_row.EXPERT_WARPS}
+    shared = {"route_row": moe_row.route_bytes(layer.router.shape[1]), "experts_row": moe_row.expert_bytes(layer)}
+    check(moe_row.SOURCE, dict(layer.macros), arch, threads, shared)

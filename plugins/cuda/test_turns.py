@@ -205,14 +205,16 @@ def emulated_add_all(folder: Path, silent: int = 0) -> Launch:
     return made(emulated_kernel, folder, silent)
 
 
-def chain(add_all: Launch, turns: Turns | None, blocks: list[int], device: str = "cpu") -> list[list[int]]:
+def chain(
+    add_all: Launch, turns: Turns | None, blocks: list[int], device: str = "cpu", uncounted: int = 0
+) -> list[list[int]]:
     """What each launch of so many blocks writes, given what the one ahead wrote."""
     values = [torch.arange(3, dtype=torch.int32, device=device)]
     values += [torch.full((count,), -1, dtype=torch.int32, device=device) for count in blocks]
     if turns is not None:
         turns.begin()
     for before, after in pairwise(values):
-        launch_in_turn(turns, add_all, (len(after),), 64, before, after, len(before))
+        launch_in_turn(turns, add_all, (len(after),), 64, before, after, len(before), counted=len(after) - uncounted)
     if turns is not None:
         turns.end()
     return [value.tolist() for value in values]
@@ -237,6 +239,14 @@ def test_a_kernel_that_waits_for_a_silent_block_never_ends(tmp_path: Path) -> No
     with pytest.raises(EmulationError, match=r"deadlock: .*1 poll"):
         chain(emulated_add_all(tmp_path, silent=1), turns, [3, 3, 2])
     assert turns.counters[:, 0].tolist() == [2, 0, 0]
+
+
+def test_a_kernel_waits_for_the_blocks_that_count(tmp_path: Path) -> None:
+    turns = Turns(3, "cpu", RecordedQueues(), Device(4, Multiprocessor(0, 256, 1 << 20, 8)))
+    add_all = emulated_add_all(tmp_path, silent=1)
+    assert chain(add_all, turns, [3, 3, 2], uncounted=1) == chain(add_all, None, [3, 3, 2])
+    assert turns.overlapped == 2
+    assert turns.counters[:, 0].tolist() == [2, 2, 1]
 
 
 def test_a_kernel_that_follows_another_waits_for_no_block(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ or two in which nothing moves. (Programmatic dependent launch does this too, fro
 Launches are put into two queues. Launch n starts when n - 2 has ended; counters in memory tell it when n - 1 has
 (include/turns.cuh). So no more than two launches are there at once, and only blocks of the later one wait.
 
+A launch can have blocks that do not count: what they leave is not for n + 1, or n + 1 waits for it in a way of its own.
+
 They could take all the room of a device, and wait for blocks that find none. Therefore launch n overlaps n - 1 only if all of
 its blocks find room at once, and some multiprocessor then has room for a block of n - 1 besides, wherever the hardware has put
 them (`occupancy.Device.leaves_room`); otherwise it follows n - 1 in the same queue. Blocks of n - 1 wait for nothing any more,
-so that they end one after the other, even if those of n came first. They may: both launches can be waiting for the end of the
+so that they end one after the other, even if those of n came first (blocks that wait for others of their own launch come after
+them; blocks are given out in order). They may: both launches can be waiting for the end of the
 same one. (All blocks of n, because a launch's blocks are given out only after all of a launch that came before: Amert et al.,
 GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, as those do that
 `Kernel.overlapping` gives; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy
@@ -113,10 +116,10 @@ class Turns:
         self._ahead, self._ended = None, None
 
     @contextmanager
-    def next(self, blocks: int, use: Use) -> Iterator[tuple[Tensor, int, int]]:
+    def next(self, blocks: int, use: Use, counted: int) -> Iterator[tuple[Tensor, int, int]]:
         """The next launch goes to its queue if it is made within, and these are the kernel's last arguments.
 
-        All of its blocks call finish_turn, if a launch follows. ValueError: there are no counters left.
+        counted: how many of its blocks call finish_turn, if a launch follows. ValueError: there are no counters left.
         """
         index = self.taken
         if index >= len(self.counters):
@@ -132,7 +135,7 @@ class Turns:
             # The next launch may go to the other queue, but not before the one ahead of this has ended.
             self._ended = self._queues.mark(self._queue) if index else None
         self.taken, self.overlapped = index + 1, self.overlapped + (before > 0)
-        self._ahead = blocks, use
+        self._ahead = counted, use
         with self._queues.into(self._queue):
             yield self.counters, index, before
 
@@ -148,11 +151,16 @@ def launch_in_turn(
     block: int,
     *arguments: Tensor | int | float | None,
     shared: int = 0,
+    counted: int | None = None,
 ) -> None:
-    """Launch a kernel whose last arguments are its turn; in order with everything else where `turns` is None."""
+    """Launch a kernel whose last arguments are its turn; in order with everything else where `turns` is None.
+
+    counted: how many of its blocks count themselves, if not all.
+    """
     if turns is None:
         launch(grid, block, *arguments, None, 0, 0, shared=shared)
         return
     launch = launch.overlapping
-    with turns.next(math.prod(grid), launch.use(block, shared)) as turn:
+    blocks = math.prod(grid)
+    with turns.next(blocks, launch.use(block, shared), blocks if counted is None else counted) as turn:
         launch(grid, block, *arguments, *turn, shared=shared)

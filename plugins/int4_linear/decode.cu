@@ -1,7 +1,8 @@
 // y = x @ W^T for 1 to 16 activation rows. A block takes a few row tiles of the weight and all inputs; its warps share the
 // inputs (slice.cuh). Macros: IN_FEATURES, BLOCK_WARPS; row tiles of each kind and how many a block takes: INT4_TILES, HALF_TILES,
 // INT4_BLOCK, HALF_BLOCK (with GATED_OUT pairs of tiles: up and gate); NORMALISED: x is the residual stream, to be
-// normalised; PRE_SCALED: INT4 inputs are multiplied by pre_quant_scale; EPILOGUE: what becomes of y.
+// normalised; PRE_SCALED: INT4 inputs are multiplied by pre_quant_scale; EPILOGUE: what becomes of y;
+// ONE_ROW: there is no other row.
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
 #include "turns.cuh"
@@ -13,7 +14,7 @@ constexpr int HALF_OUT = 0;   // out = y
 constexpr int RESIDUAL = 1;   // residual += y, and the sums of 16 squares of it
 constexpr int GATED_OUT = 2;  // out = silu(gate) * up * next_scale; the gate's row tiles follow all the up tiles
 
-constexpr int THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * WARPS, LANDING = 36 << 10;  // bytes of shared memory for weights
 constexpr int PAIR = EPILOGUE == GATED_OUT ? 2 : 1;
 constexpr int INT4_COUNT = INT4_TILES / PAIR, HALF_COUNT = HALF_TILES / PAIR;  // tiles, or pairs of tiles
 constexpr int HALF_BLOCKS = (HALF_COUNT + HALF_BLOCK - 1) / HALF_BLOCK;
@@ -62,12 +63,19 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     extern __shared__ uint4 shared[];
     constexpr int TILES = PAIR * COUNT, GROUPS = Part::GROUPS, STEPS = Part::STEPS;
     // Registers a step needs: as many steps are under way as fit beside the rest.
-    constexpr int WEIGHT = sizeof(Weight) / 4 * TILES;
+    constexpr int WEIGHT = Weight::REGISTERS * TILES;
     constexpr int STEP = NORMALISED ? WEIGHT : WEIGHT + (SCALE ? 16 : 8);
-    constexpr int DEPTH = smaller(STEPS, larger(1, (NORMALISED ? 72 : WARPS > 8 ? 72 : 88) / STEP));
+    constexpr int DEPTH = smaller(STEPS, larger(1, (NORMALISED ? (Weight::BYTES ? 72 : 80) : WARPS > 8 ? 72 : 88) / STEP));
 
-    const int row0 = blockIdx.y * COLUMNS, rows = smaller(COLUMNS, all_rows - row0);
-    const int bytes = warp_bytes(smaller(COLUMNS, all_rows));
+    // Of the others, as many as fit go by way of shared memory.
+    constexpr int STEP_BYTES = TILES * Weight::BYTES;
+    constexpr int LANDED = STEP_BYTES && WARPS <= 8 ? smaller(STEPS - DEPTH, LANDING / (WARPS * larger(1, STEP_BYTES))) : 0;
+    __shared__ __align__(16) char landing[larger(16, WARPS * LANDED * STEP_BYTES)];
+    auto landed = [&](int place, int r) { return landing + (warp_id() * LANDED + place) * STEP_BYTES + r * Weight::BYTES; };
+
+    // A lone row has code of its own, half as long: a step's kernels together should stay in the instruction cache.
+    const int row0 = ONE_ROW ? 0 : blockIdx.y * COLUMNS, rows = ONE_ROW ? 1 : smaller(COLUMNS, all_rows - row0);
+    const int bytes = warp_bytes(ONE_ROW ? 1 : smaller(COLUMNS, all_rows));
     char* own = reinterpret_cast<char*>(shared) + warp_id() * bytes;
 
     // A block past the end computes the last tile again, and does not write it.
@@ -77,10 +85,12 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     };
     Weight weight[DEPTH][TILES];
     auto load_weights = [&](int step) {
-        if (Part::has(step)) {
+        if (!Part::has(step)) return;
+        const int place = step - DEPTH;  // in `landing`
 #pragma unroll
-            for (int r = 0; r < TILES; ++r)
-                weight[step % DEPTH][r].load(weights, scales, tile_of(r) * GROUPS + Part::group(step));
+        for (int r = 0; r < TILES; ++r) {
+            if (place >= 0 && place < LANDED) weight[step % DEPTH][r].take(landed(place, r));
+            else weight[step % DEPTH][r].load(weights, scales, tile_of(r) * GROUPS + Part::group(step));
         }
     };
     const bool present = (lane_id() >> 2) < rows;
@@ -97,6 +107,14 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
 
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load_weights(step);
+#pragma unroll
+    for (int place = 0; place < LANDED; ++place) {
+        if (!Part::has(DEPTH + place)) continue;
+#pragma unroll
+        for (int r = 0; r < TILES; ++r)
+            Weight::land(landed(place, r), weights, scales, tile_of(r) * GROUPS + Part::group(DEPTH + place));
+    }
+    if (LANDED) copy_commit();
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load_scales(step);
     // What the residual was, for the end: this thread's outputs.
@@ -123,8 +141,9 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
         normalise_rows<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
                                               a.square_sums + row0 * (INPUTS / 16), a.norm, a.pre_quant_scale, rows, a.eps);
-        __syncwarp();
     }
+    if (LANDED) copy_wait<0>();
+    if (LANDED || NORMALISED) __syncwarp();
 
     float sum[TILES][4] = {};
 #pragma unroll

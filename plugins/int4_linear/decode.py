@@ -103,9 +103,12 @@ def gated_linear(
 
 
 def macros(
-    inputs: int, int4_tiles: int, half_tiles: int, *, epilogue: int, normalised: bool, scaled: bool
+    inputs: int, int4_tiles: int, half_tiles: int, *, epilogue: int, normalised: bool, scaled: bool, one_row: bool
 ) -> tuple[Defines, int, int]:
-    """The kernel's macros, its blocks in x and its warps; they follow from the layer's sizes alone."""
+    """The kernel's macros, its blocks in x and its warps; but for ONE_ROW they follow from the layer's sizes alone.
+
+    A lone row gets code of its own where there is something to normalise; elsewhere it is hardly shorter.
+    """
     pair = 2 if epilogue == _GATED else 1
     groups = inputs // 64
     warps = 8 if groups <= 64 else 16
@@ -114,7 +117,7 @@ def macros(
     block = max(1, min(4, count // 96)) if normalised and epilogue != _GATED else 1
     values = defines(
         IN_FEATURES=inputs, BLOCK_WARPS=warps, INT4_TILES=int4_tiles, HALF_TILES=half_tiles, INT4_BLOCK=block, HALF_BLOCK=1,
-        NORMALISED=int(normalised), PRE_SCALED=int(scaled), EPILOGUE=epilogue,
+        NORMALISED=int(normalised), PRE_SCALED=int(scaled), EPILOGUE=epilogue, ONE_ROW=int(one_row and normalised),
     )  # fmt: skip
     return values, -(-count // block) + halves, warps
 
@@ -144,7 +147,7 @@ def _launch(
     scale = weight.pre_quant_scale
     values, blocks, warps = macros(
         weight.inputs, weight.int4_tiles, weight.half_tiles, epilogue=epilogue, normalised=norm is not None,
-        scaled=scale is not None,
+        scaled=scale is not None, one_row=rows == 1,
     )  # fmt: skip
     parameters = dict(values)
     tiles = int(parameters["INT4_BLOCK"]) * (2 if epilogue == _GATED else 1)

@@ -15,7 +15,7 @@ from trtvlm.plugins.cuda.tiles import int4_tiles
 from trtvlm.plugins.cuda.timing import time_graph
 from trtvlm.plugins.int4_linear.decode import Norm
 from trtvlm.plugins.int4_moe import decode
-from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles
+from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
 LAYERS = 32  # a launch each; of the smallest model the route alone then reads 85 MB, more than the L2 cache has
@@ -91,7 +91,7 @@ def bench(name: str) -> None:
         shared = random_mlp(hidden, beside, None, "cuda", scaled=True) if beside else None
         layers.append(weights_of(config, experts, shared, "cuda"))
     for rows in (1, 4, 8):
-        # Of one row, a layer is three kernels of its own (row.cu).
+        # Of one row, a layer is two kernels of its own (row.cu).
         launches: dict[str, list[Callable[[], None]]] = {"route": [], "experts_up": [], "experts_down": [], "layer": []}
         chosen = 0
         for weights in layers:

@@ -12,7 +12,8 @@ from trtvlm.plugins.cuda.memory import Piece, carve, total_bytes
 from trtvlm.plugins.cuda.tiles import int4_tiles
 from trtvlm.plugins.int4_linear.decode import MOST_ROWS as ROWS
 from trtvlm.plugins.int4_linear.decode import LinearWeight, gated_linear
-from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up, fix_inputs
+from trtvlm.plugins.int4_moe.decode import experts_down, experts_up, fix_inputs
+from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
 

@@ -145,16 +145,6 @@ DEVICE void tell(const float* logits, const float* bias, float* weights, int* wo
     for (int row = warp_id(); row < rows; row += BLOCK_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
 }
 
-// Two outputs of a row whose 64 are a warp's, put down as fixed point: inputs `first` and first + 2 of `group`.
-DEVICE void store_hidden(float x, float y, int first, char* group, float* scale) {
-    const u32 largest = warp_largest(__float_as_uint(fmaxf(fabsf(x), fabsf(y))));  // as integers, positive floats have the same order
-    const FixedScale by = fixed_scale(__uint_as_float(largest));
-    const u32 a = fixed_bits(x, by.inverse), b = fixed_bits(y, by.inverse);
-    u16* to = reinterpret_cast<u16*>(group + (first & ~3) + 2 * (first & 1));
-    to[0] = u16(high_parts(a, b)), to[TILE_INPUTS / 2] = u16(low_parts(a, b));
-    if (lane_id() == 0) *scale = by.scale;
-}
-
 // 64 of one expert's outputs, for its rows.
 DEVICE void expert_up(int part, const Entry& entry, const char* inputs, const float* input_scales, const uint4* codes, const u32* scales,
                       const u16* next_scale, char* hidden, float* hidden_scales, int rows) {
@@ -224,10 +214,9 @@ DEVICE void expert_up(int part, const Entry& entry, const char* inputs, const fl
         const float up = sum_partials<UP_WARPS>(from, stride);
         y[i] = up * silu(sum_partials<UP_WARPS>(from + TILE_FLOATS, stride));
         if (next_scale) y[i] *= half_to_float(next_scale[part * TILE_INPUTS + output]);
-        y[i] = half_to_float(float_to_half(y[i]));  // as experts_down_row finds it
     }
     const size_t to = (size_t(column) * TOP_K + slot) * DOWN_GROUPS + part;
-    store_hidden(y[0], y[1], at, hidden + to * GROUP_BYTES, hidden_scales + to);
+    store_hidden(y, at, hidden + to * GROUP_BYTES, hidden_scales + to);
 }
 
 // Block (1 + part, entry, tile of rows): 64 outputs of one expert for its rows, to hidden, fixed point [rows, TOP_K, WIDTH]. Blocks
@@ -296,7 +285,7 @@ DEVICE void down_unit(float (&sum)[4], const uint4* codes, const u32* scales, in
 #pragma unroll
                 for (int j = 0; j < 4; ++j) before[j] = sum[j], sum[j] = 0.f;
             }
-            fixed_tile(sum, weight[i].codes, weight[i].scale, x[i], x_scale[i]);
+            fixed_tile<true>(sum, weight[i].codes, weight[i].scale, x[i], x_scale[i]);
             if (step + DEPTH < DOWN_GROUPS) {
                 weight[i].load(codes, scales, first_group + step + DEPTH);
                 load_inputs(i, step + DEPTH);

@@ -15,8 +15,9 @@ from trtvlm.plugins.int4_linear import decode as linear
 from trtvlm.plugins.int4_linear.decode import MOST_ROWS, LinearWeight
 from trtvlm.plugins.int4_linear.device import half
 from trtvlm.plugins.int4_linear.gemm import gated_gemm, gemm
-from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, experts_down, experts_up, fix_inputs
+from trtvlm.plugins.int4_moe.decode import experts_down, experts_up, fix_inputs
 from trtvlm.plugins.int4_moe.grouped import MAX_EXPERTS, experts
+from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
 _AT_ONCE = 8  # experts that are repacked together: codes take many times their size meanwhile

@@ -101,6 +101,7 @@ DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, i
         }
     }
     int expert = EXPERTS;
+#pragma unroll 1
     for (int slot = 0; slot < count; ++slot) {
         u32 best = key[0];
 #pragma unroll

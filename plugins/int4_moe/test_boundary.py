@@ -14,7 +14,7 @@ def test_the_shared_experts_first_half_compiles_without_a_norm(model: str) -> No
     config = language_size(model)
     width = config.moe_intermediate_size * (config.n_shared_experts or 0)
     macros, _, warps = linear.macros(
-        config.hidden_size, 2 * width // 16, 0, epilogue=linear._GATED, normalised=False, scaled=True
+        config.hidden_size, 2 * width // 16, 0, epilogue=linear._GATED, normalised=False, scaled=True, one_row=False
     )
     _, kernels = compile_source((PLUGINS / linear.SOURCE).read_text(), dict(macros), "sm_86")
     usage = kernels["linear"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trtvlm.plugins.int4_moe.boundary import MoEBoundary
-from trtvlm.plugins.int4_moe.decode import MoEWeights, Tiles
+from trtvlm.plugins.int4_moe.layer import MoEWeights, Tiles
 from trtvlm.plugins.int4_moe.reference import Routing
 from trtvlm.plugins.tensorrt.binding import trt
 from trtvlm.plugins.tensorrt.plugin import OperatorPlugin

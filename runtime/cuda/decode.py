@@ -22,7 +22,8 @@ from trtvlm.plugins.int4_linear.decode import (
     gated_linear,
     linear,
 )
-from trtvlm.plugins.int4_moe.decode import MoEWeights, MoEWorkspace, Tiles, moe_decode
+from trtvlm.plugins.int4_moe.decode import moe_decode
+from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
 from trtvlm.plugins.int8_linear.decode import candidates, head
 from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_decode
 from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix

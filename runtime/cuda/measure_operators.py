@@ -48,11 +48,10 @@ def _kernel_of(config: LanguageConfig, name: str, rows: int) -> str:
         return "absorb"
     if not moe or part.startswith(("attention.", "input_layernorm.")):
         return "linear"
-    if rows == 1:  # kernels of its own (`int4_moe/row.cu`), where the shared expert goes beside the routed ones
-        if part.startswith(("post_layernorm.", "mlp.router.")):
-            return "route_row"
-        return "experts_down_row" if part.startswith(("mlp.proj.", "mlp.shared_expert.proj.")) else "experts_up_row"
-    if part.startswith(("post_layernorm.", "mlp.router.", "mlp.shared_expert.fc.", "mlp.shared_expert.gate.")):
+    first = part.startswith(("post_layernorm.", "mlp.router.", "mlp.shared_expert.fc.", "mlp.shared_expert.gate."))
+    if rows == 1:  # kernels of its own (`int4_moe/row.cu`)
+        return "route_row" if first else "experts_row"
+    if first:
         return "route"
     return "experts_down" if part.startswith(("mlp.proj.", "mlp.shared_expert.proj.")) else "experts_up"
 

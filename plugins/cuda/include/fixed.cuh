@@ -106,7 +106,14 @@ DEVICE FixedActivation load_fixed(const void* group) {
     return {*reinterpret_cast<const uint4*>(at), *reinterpret_cast<const uint4*>(at + TILE_INPUTS)};
 }
 
+// sum + product * by; APART: the product is rounded before it is added, as where products are put down first and added up later.
+template <bool APART>
+DEVICE float add_product(float sum, float product, float by) {
+    return APART ? __fadd_rn(sum, __fmul_rn(product, by)) : __fmaf_rn(product, by, sum);
+}
+
 // sum += codes of one tile x activations, as int4_tile has it; scales: of the activations of columns 2t and 2t + 1.
+template <bool APART = false>
 DEVICE void fixed_tile(float (&sum)[4], const uint4& codes, u32 weight_scale, const FixedActivation& x, const float2& scales) {
     int high[4] = {0, 0, 0, 0}, low[4] = {0, 0, 0, 0};
     u32 a[4];
@@ -117,26 +124,34 @@ DEVICE void fixed_tile(float (&sum)[4], const uint4& codes, u32 weight_scale, co
     mma_16x8x32(high, a, x.high.z, x.high.w);
     mma_16x8x32(low, a, x.low.z, x.low.w);
     const float upper = low_half(weight_scale), lower = high_half(weight_scale);
-    sum[0] = __fmaf_rn(float(high[0] * 256 + low[0]), upper * scales.x, sum[0]);
-    sum[1] = __fmaf_rn(float(high[1] * 256 + low[1]), upper * scales.y, sum[1]);
-    sum[2] = __fmaf_rn(float(high[2] * 256 + low[2]), lower * scales.x, sum[2]);
-    sum[3] = __fmaf_rn(float(high[3] * 256 + low[3]), lower * scales.y, sum[3]);
+    sum[0] = add_product<APART>(sum[0], float(high[0] * 256 + low[0]), upper * scales.x);
+    sum[1] = add_product<APART>(sum[1], float(high[1] * 256 + low[1]), upper * scales.y);
+    sum[2] = add_product<APART>(sum[2], float(high[2] * 256 + low[2]), lower * scales.x);
+    sum[3] = add_product<APART>(sum[3], float(high[3] * 256 + low[3]), lower * scales.y);
 }
 
-// The same for a row alone, whose high parts are column 0 and low parts column 1: sums of outputs g and g + 8, in lanes of t = 0.
+// A row alone has its high parts as column 0 and its low parts as column 1.
 DEVICE uint4 load_fixed_row(const void* group) {
     uint4 out = {0, 0, 0, 0};
     if (lane_id() < 8) out = *reinterpret_cast<const uint4*>(static_cast<const char*>(group) + 64 * (lane_id() >> 2) + 16 * (lane_id() & 3));
     return out;
 }
 
-DEVICE void fixed_row_tile(float (&sum)[2], const uint4& codes, u32 weight_scale, const uint4& x, float scale) {
+// Products of outputs g and g + 8, before any scale, in lanes of t = 0.
+DEVICE void fixed_row_products(float (&out)[2], const uint4& codes, const uint4& x) {
     int both[4] = {0, 0, 0, 0};
     u32 a[4];
     int4_to_bytes(a, codes.x, codes.y);
     mma_16x8x32(both, a, x.x, x.y);
     int4_to_bytes(a, codes.z, codes.w);
     mma_16x8x32(both, a, x.z, x.w);
-    sum[0] = __fmaf_rn(float(both[0] * 256 + both[1]), low_half(weight_scale) * scale, sum[0]);
-    sum[1] = __fmaf_rn(float(both[2] * 256 + both[3]), high_half(weight_scale) * scale, sum[1]);
+    out[0] = float(both[0] * 256 + both[1]), out[1] = float(both[2] * 256 + both[3]);
+}
+
+template <bool APART = false>
+DEVICE void fixed_row_tile(float (&sum)[2], const uint4& codes, u32 weight_scale, const uint4& x, float scale) {
+    float product[2];
+    fixed_row_products(product, codes, x);
+    sum[0] = add_product<APART>(sum[0], product[0], low_half(weight_scale) * scale);
+    sum[1] = add_product<APART>(sum[1], product[1], high_half(weight_scale) * scale);
 }

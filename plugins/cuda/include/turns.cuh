@@ -28,21 +28,29 @@ DEVICE u32 load_acquire(const u32* counter) {
     return out;
 }
 
-// All threads: until the launch before has finished, and what it wrote can be read.
-DEVICE void await_turn(const Turn& turn) {
-    if (!turn.counters) return;
-    if (threadIdx.x == 0 && turn.before) {
-        const u32* finished = &turn.counters[turn.index - 1].finished;
-        while (load_acquire(finished) < u32(turn.before)) {}
-    }
+// All threads: until `blocks` blocks have counted themselves in `done`; what they wrote can be read then.
+DEVICE void await_count(const u32* done, int blocks) {
+    if (threadIdx.x == 0)
+        while (load_acquire(done) < u32(blocks)) {}
     __syncthreads();
 }
 
-// All threads: what the block wrote can be read by whoever waits. Not for the last launch of a step: nobody waits for it.
-DEVICE void finish_turn(const Turn& turn) {
-    if (!turn.counters) return;
+// All threads: what the block wrote can be read by whoever waits.
+DEVICE void count_done(u32* done) {
     __syncthreads();
-    if (threadIdx.x == 0) add_release(&turn.counters[turn.index].finished, 1);
+    if (threadIdx.x == 0) add_release(done, 1);
+}
+
+// All threads: until the launch before has finished, and what it wrote can be read.
+DEVICE void await_turn(const Turn& turn) {
+    if (!turn.counters) return;
+    if (turn.before) await_count(&turn.counters[turn.index - 1].finished, turn.before);
+    else __syncthreads();
+}
+
+// Not for the last launch of a step: nobody waits for it.
+DEVICE void finish_turn(const Turn& turn) {
+    if (turn.counters) count_done(&turn.counters[turn.index].finished);
 }
 
 // Asks for a vector of halves, so that reading it after the wait finds it in L2. Up to 64 halves a thread of the block.

@@ -1,0 +1,56 @@
+"""A MoE layer of one row in two launches: kernels that overlap better than those of many rows, with the same bits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trtvlm.plugins.cuda.launch import kernel
+from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
+from trtvlm.plugins.int4_linear.decode import Norm
+from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles, router_blocks
+
+SOURCE = "int4_moe/row.cu"
+ROUTE_WARPS, EXPERT_WARPS = 8, 16
+_SLICES, _TILE = 4, 512 + 32  # UP_WARPS; bytes of a tile's codes and scales
+
+
+def decode_row(
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None = None
+) -> None:
+    """`decode.moe_decode` of one row."""
+    experts, hidden = weights.router.shape
+    routing = router_blocks(experts, hidden)
+    fc_scale, fc_codes, fc_scales = _parts(weights.shared_fc)
+    proj_scale, proj_codes, proj_scales = _parts(weights.shared_proj)
+    launch_in_turn(
+        turns, kernel(SOURCE, "route_row", weights.macros), (routing + weights.shared_width // 32,), 32 * ROUTE_WARPS,
+        residual, norm.square_sums, norm.weight, norm.eps, weights.router, weights.fc.pre_quant_scale, workspace.logits,
+        workspace.inputs, workspace.input_scales, fc_scale, fc_codes, fc_scales, proj_scale, workspace.shared, workspace.done,
+        shared=route_bytes(hidden), counted=routing,
+    )  # fmt: skip
+    routed, summing = weights.width // 64 * weights.routing.top_k, hidden // 32
+    launch_in_turn(
+        turns, kernel(SOURCE, "experts_row", weights.macros), (routed + summing,), 32 * EXPERT_WARPS,
+        workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
+        weights.proj.pre_quant_scale, weights.proj.codes, weights.proj.scales, workspace.given, proj_codes, proj_scales,
+        workspace.shared, residual, norm.square_sums, workspace.done, shared=expert_bytes(weights), counted=summing,
+    )  # fmt: skip
+
+
+def route_bytes(hidden: int) -> int:
+    """Dynamic shared memory of a block of `route_row`: `SharedUp` of row_shared.cuh."""
+    steps = -(-hidden // 64 // _SLICES)
+    return ROUTE_WARPS * 2 * steps * _TILE + _SLICES * steps * (128 + 4) + 2 * ROUTE_WARPS * 2 * 64
+
+
+def expert_bytes(weights: MoEWeights) -> int:
+    """Dynamic shared memory of a block of `experts_row`: the larger of `Routed` (row_routed.cuh) and `Merge` (row_merge.cuh)."""
+    hidden, top_k, groups = weights.router.shape[1], weights.routing.top_k, max(1, weights.shared_width // 64)
+    slices = _SLICES * -(-hidden // 64 // _SLICES)
+    routed = hidden // 16 * _TILE + slices * (128 + 4) + 2 * 128 + 4 * _SLICES * 2 * 64 + 8
+    merge = groups * (2 * _TILE + 128 + 4) + weights.units * 2 * 128 + 2 * 4 * top_k
+    return -(-max(routed, merge) // 16) * 16
+
+
+def _parts(tiles: Tiles | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if tiles is None else (tiles.pre_quant_scale, tiles.codes, tiles.scales)
