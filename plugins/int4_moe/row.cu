@@ -40,8 +40,8 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
     const Turn turn = {turns, index, before};
     if (blockIdx.x < ROUTED_BLOCKS) {
         await_turn(turn);
-        routed_part(*reinterpret_cast<Routed*>(shared), blockIdx.x / DOWN_GROUPS, blockIdx.x % DOWN_GROUPS, inputs, input_scales, logits, bias,
-                    up_codes, up_scales, next_scale, down_codes, down_scales, given);
+        routed_part(*reinterpret_cast<Routed*>(shared), blockIdx.x / DOWN_GROUPS, blockIdx.x - blockIdx.x / DOWN_GROUPS * DOWN_GROUPS, inputs,
+                    input_scales, logits, bias, up_codes, up_scales, next_scale, down_codes, down_scales, given);
         count_done(&done->routed);
         return;
     }
