@@ -13,8 +13,6 @@
 constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
 constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
 
-static_assert(WIDTH % 64 == 0, "sizes the kernels were written for");
-
 // ---- the shared expert's first half -----------------------------------------------------------------------------
 
 #if SHARED

@@ -80,12 +80,6 @@ DEVICE u32 sortable(float value) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-DEVICE u32 warp_largest(u32 value) {
-    u32 out;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(out) : "r"(value));
-    return out;
-}
-
 // One warp, one row: its first `count` experts in order of their score, the lower index of equals first, to `chosen` (unless it
 // is null); the last of them.
 DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, int count = TOP_K) {

@@ -2,7 +2,7 @@
 #pragma once
 #include "int4_moe/row.cuh"
 
-constexpr int SHARED_TILES = ROUTE_WARPS / UP_WARPS;      // of gated products a block has
+constexpr int SHARED_TILES = ROUTE_WARPS / UP_WARPS;  // of gated products a block has
 constexpr int SHARED_UP_BLOCKS = SHARED / TILE_ROWS / SHARED_TILES;
 constexpr int SPLIT = ROUTE_WARPS / UP_WARPS;  // decode.cu shares these inputs among ROUTE_WARPS warps: here a warp has the sums of SPLIT
 

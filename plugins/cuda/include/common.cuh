@@ -144,6 +144,12 @@ DEVICE float warp_max(float value) {
     return value;
 }
 
+DEVICE u32 warp_largest(u32 value) {
+    u32 out;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(out) : "r"(value));
+    return out;
+}
+
 // Divisions without the detour for denormal divisors, which is a subroutine call and takes registers.
 DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
