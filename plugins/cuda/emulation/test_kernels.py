@@ -195,6 +195,16 @@ def test_experts_of_a_row_do_not_depend_on_the_others(monkeypatch: pytest.Monkey
     moe.test_a_row_does_not_depend_on_the_others("nano")
 
 
+@pytest.mark.parametrize("model", ["nano", "nano-draft"])
+def test_experts_of_a_row_wait_for_blocks_before_them_only(model: str) -> None:
+    # However little room there is: blocks are given out in order.
+    layer = moe.make(language_size(model))
+    residual = moe.residuals(layer, 1)
+    with emulated(Schedule(resident=1)):
+        out, _ = layer.run(residual, 1)
+    moe.assert_close(out, residual, layer.expected(residual))
+
+
 @pytest.mark.usefixtures("in_random_order")
 def test_experts_chosen_by_all_and_experts_chosen_by_index() -> None:
     moe.test_all_rows_to_the_same_experts("nano")
