@@ -8,7 +8,8 @@ Otherwise a kernel would be started, and would ask memory for its weights, only 
 or two in which nothing moves. (Programmatic dependent launch does this too, from SM 9.0 on.)
 
 Launches are put into two queues. Launch n starts when n - 2 has ended; counters in memory tell it when n - 1 has
-(include/turns.cuh). So no more than two launches are there at once, and only blocks of the later one wait.
+(include/turns.cuh). So no more than two launches are there at once, and only blocks of the later one wait for
+the other.
 
 A launch can have blocks that do not count: what they leave is not for n + 1, or n + 1 waits for it in a way of its own.
 
@@ -16,11 +17,11 @@ They could take all the room of a device, and wait for blocks that find none. Th
 its blocks find room at once, and some multiprocessor then has room for a block of n - 1 besides, wherever the hardware has put
 them (`occupancy.Device.leaves_room`); otherwise it follows n - 1 in the same queue. Blocks of n - 1 wait for nothing any more,
 so that they end one after the other, even if those of n came first (blocks that wait for others of their own launch come after
-them; blocks are given out in order). They may: both launches can be waiting for the end of the
-same one. (All blocks of n, because a launch's blocks are given out only after all of a launch that came before: Amert et al.,
-GPU scheduling on the NVIDIA TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, as those do that
-`Kernel.overlapping` gives; that nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy
-calculators do, that what is free of a multiprocessor can be given to one block.
+them, and blocks are given out in order). They may: both launches can be waiting for the end of the same one. (All blocks of n,
+because a launch's blocks are given out only after all of a launch that came before: Amert et al., GPU scheduling on the NVIDIA
+TX2, RTSS 2017.) The rule takes for granted that all kernels divide L1 alike, as those do that `Kernel.overlapping` gives; that
+nothing else on the device waits in this way, so that one step runs at a time; and, as occupancy calculators do, that what is
+free of a multiprocessor can be given to one block.
 
 Both queues must run at once, or else launches one by one in the order of launching, as under tools that let no two kernels
 run together: all that is waited for is there then, since no launch waits for a later one. CUDA graphs do so in practice.

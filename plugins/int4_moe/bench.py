@@ -15,7 +15,7 @@ from trtvlm.plugins.cuda.tiles import int4_tiles
 from trtvlm.plugins.cuda.timing import time_graph
 from trtvlm.plugins.int4_linear.decode import Norm
 from trtvlm.plugins.int4_moe import decode
-from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
+from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
 LAYERS = 32  # a launch each; of the smallest model the route alone then reads 85 MB, more than the L2 cache has
@@ -97,7 +97,7 @@ def bench(name: str) -> None:
         for weights in layers:
             residual = torch.randn(rows, hidden, device="cuda")
             norm = Norm(torch.ones(hidden, device="cuda").half(), residual.square().unflatten(1, (-1, 16)).sum(-1), EPS)
-            workspace = MoEWorkspace.allocate(weights, rows, "cuda")
+            workspace = DecodeWorkspace.allocate(weights, rows, "cuda")
             # Leaves the logits and the work list. The residual grows with every replay: only the time is asked for.
             out, sums = residual.clone(), norm.square_sums.clone()
             decode.route(residual, norm, weights, workspace, rows)

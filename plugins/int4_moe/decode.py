@@ -7,15 +7,24 @@ from torch import Tensor
 from trtvlm.plugins.cuda.launch import kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
-from trtvlm.plugins.int4_moe.layer import INPUT_VALUES, MoEWeights, MoEWorkspace, down_warps, router_blocks
+from trtvlm.plugins.int4_moe.layer import (
+    INPUT_VALUES,
+    ROUTE_WARPS,
+    DecodeWorkspace,
+    MoEWeights,
+    MoEWorkspace,
+    down_warps,
+    parts,
+    router_blocks,
+)
 from trtvlm.plugins.int4_moe.row import decode_row
 
 SOURCE = "int4_moe/decode.cu"
-_ROUTE_WARPS, _BLOCK_WARPS = 8, 8
+_BLOCK_WARPS = 8
 
 
 def moe_decode(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: DecodeWorkspace, rows: int, turns: Turns | None = None
 ) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
 
@@ -38,14 +47,14 @@ def route(
     shared_tiles = weights.shared_width // 16
     blocks = router_blocks(experts, hidden) + shared_tiles
     grid = (blocks, -(-rows // COLUMNS))
-    fc, proj = weights.shared_fc, weights.shared_proj
-    shared = shared_bytes(hidden, _ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
+    fc_scale, fc_codes, fc_scales = parts(weights.shared_fc)
+    proj_scale, _, _ = parts(weights.shared_proj)
+    shared = shared_bytes(hidden, ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
     launch_in_turn(
-        turns, kernel(SOURCE, "route", weights.macros), grid, 32 * _ROUTE_WARPS,
+        turns, kernel(SOURCE, "route", weights.macros), grid, 32 * ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router,
         weights.fc.pre_quant_scale, workspace.logits, workspace.inputs, workspace.input_scales,
-        None if fc is None else fc.pre_quant_scale, None if fc is None else fc.codes, None if fc is None else fc.scales,
-        None if proj is None else proj.pre_quant_scale, workspace.shared, rows, shared // _ROUTE_WARPS, shared=shared,
+        fc_scale, fc_codes, fc_scales, proj_scale, workspace.shared, rows, shared // ROUTE_WARPS, shared=shared,
     )  # fmt: skip
 
 
@@ -54,7 +63,7 @@ def fix_inputs(x: Tensor, weights: MoEWeights, workspace: MoEWorkspace, rows: in
     check_rows(rows)
     blocks = -(-x.shape[1] // INPUT_VALUES)
     kernel(SOURCE, "fix_inputs", weights.macros)(
-        (blocks, -(-rows // COLUMNS)), 32 * _ROUTE_WARPS, x, weights.fc.pre_quant_scale, workspace.inputs,
+        (blocks, -(-rows // COLUMNS)), 32 * ROUTE_WARPS, x, weights.fc.pre_quant_scale, workspace.inputs,
         workspace.input_scales, rows,
     )  # fmt: skip
 
@@ -83,12 +92,12 @@ def experts_down(
 ) -> None:
     """The second products, weighted and added to the residual stream."""
     check_rows(rows)
-    shared = weights.shared_proj
+    _, shared_codes, shared_scales = parts(weights.shared_proj)
     launch_in_turn(
         turns, kernel(SOURCE, "experts_down", weights.macros), (residual.shape[1] // 16, -(-rows // COLUMNS)),
         32 * down_warps(residual.shape[1]), workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales,
         workspace.work, workspace.weights, weights.proj.codes, weights.proj.scales,
-        None if shared is None else shared.codes, None if shared is None else shared.scales, residual, square_sums, rows,
+        shared_codes, shared_scales, residual, square_sums, rows,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from trtvlm.plugins.cuda.launch import Defines, defines
 from trtvlm.plugins.int4_linear.decode import COLUMNS
 from trtvlm.plugins.int4_moe.reference import Routing
 
+ROUTE_WARPS = 8
 _ROUTER_EXPERTS, INPUT_VALUES = 2, 256  # of a block
 
 
@@ -86,8 +87,7 @@ class MoEWorkspace:
     """Buffers of a layer, for up to `rows` rows; layers can share them.
 
     inputs, hidden and shared have a word of 16 bits for each value: halves or fixed point (include/fixed.cuh), whichever the next
-    kernel takes; their scales are those of fixed point. given float32 [top_k, width / 64, hidden] is what each group of a lone
-    row's hidden values gives; done are counters of its kernels, 0 between layers.
+    kernel takes; their scales are those of fixed point.
     """
 
     logits: Tensor
@@ -99,8 +99,6 @@ class MoEWorkspace:
     hidden_scales: Tensor
     shared: Tensor
     shared_scales: Tensor
-    given: Tensor
-    done: Tensor
 
     @classmethod
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> MoEWorkspace:
@@ -117,9 +115,32 @@ class MoEWorkspace:
             torch.empty(rows, k, weights.width // 64, device=device),
             torch.empty(rows, max(1, weights.shared_width), dtype=torch.half, device=device),
             torch.empty(rows, max(1, weights.shared_width // 64), device=device),
-            torch.empty(k, weights.width // 64, hidden, device=device),
-            torch.zeros(3, dtype=torch.int32, device=device),
         )
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace(MoEWorkspace):
+    """The same for `moe_decode`, which has kernels of their own for a lone row.
+
+    given float32 [top_k, width / 64, hidden]: what each group of its hidden values gives. done: counters, 0 between layers.
+    """
+
+    given: Tensor
+    done: Tensor
+
+    @classmethod
+    def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> DecodeWorkspace:
+        """As in `MoEWorkspace`."""
+        return cls(
+            **vars(MoEWorkspace.allocate(weights, rows, device)),
+            given=torch.empty(weights.routing.top_k, weights.width // 64, weights.router.shape[1], device=device),
+            done=torch.zeros(3, dtype=torch.int32, device=device),
+        )
+
+
+def parts(tiles: Tiles | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """pre_quant_scale, codes and scales of a weight that may not be there."""
+    return (None, None, None) if tiles is None else (tiles.pre_quant_scale, tiles.codes, tiles.scales)
 
 
 def router_blocks(experts: int, hidden: int) -> int:

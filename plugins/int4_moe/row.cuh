@@ -16,7 +16,7 @@ template <int SLICES>
 using Partials = float[SLICES][2][TILE_ROWS];
 
 // A warp's sums of outputs g and g + 8, in lanes of t = 0.
-DEVICE void store_sums(float (&to)[TILE_ROWS], const float (&sum)[2]) {
+DEVICE void store_sums(float* to, const float (&sum)[2]) {
     if (lane_id() & 3) return;
     to[lane_id() >> 2] = sum[0], to[(lane_id() >> 2) + 8] = sum[1];
 }

@@ -7,21 +7,21 @@ from torch import Tensor
 from trtvlm.plugins.cuda.launch import kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import Norm
-from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles, router_blocks
+from trtvlm.plugins.int4_moe.layer import ROUTE_WARPS, DecodeWorkspace, MoEWeights, parts, router_blocks
 
 SOURCE = "int4_moe/row.cu"
-ROUTE_WARPS, EXPERT_WARPS = 8, 16
+EXPERT_WARPS = 16
 _SLICES, _TILE = 4, 512 + 32  # UP_WARPS; bytes of a tile's codes and scales
 
 
 def decode_row(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: MoEWorkspace, turns: Turns | None = None
+    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: DecodeWorkspace, turns: Turns | None = None
 ) -> None:
     """`decode.moe_decode` of one row."""
     experts, hidden = weights.router.shape
     routing = router_blocks(experts, hidden)
-    fc_scale, fc_codes, fc_scales = _parts(weights.shared_fc)
-    proj_scale, proj_codes, proj_scales = _parts(weights.shared_proj)
+    fc_scale, fc_codes, fc_scales = parts(weights.shared_fc)
+    proj_scale, proj_codes, proj_scales = parts(weights.shared_proj)
     launch_in_turn(
         turns, kernel(SOURCE, "route_row", weights.macros), (routing + weights.shared_width // 32,), 32 * ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router, weights.fc.pre_quant_scale, workspace.logits,
@@ -50,7 +50,3 @@ def expert_bytes(weights: MoEWeights) -> int:
     routed = hidden // 16 * _TILE + slices * (128 + 4) + 2 * 128 + 4 * _SLICES * 2 * 64 + 8
     merge = groups * (2 * _TILE + 128 + 4) + weights.units * 2 * 128 + 2 * 4 * top_k
     return -(-max(routed, merge) // 16) * 16
-
-
-def _parts(tiles: Tiles | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (None, None, None) if tiles is None else (tiles.pre_quant_scale, tiles.codes, tiles.scales)

@@ -33,10 +33,7 @@ DEVICE void shared_down(Merge& held) {
         for (int i = groups.first; i < groups.first + groups.count; ++i)
             fixed_row_tile<true>(sum, held.codes[tile][i][lane_id()], held.scales[tile][i][lane_id() >> 2], load_fixed_row(held.hidden[i]),
                                  held.hidden_scales[i]);
-        if ((lane_id() & 3) == 0) {  // column 0
-            float* to = held.sums[TOP_K + part][half] + tile * TILE_ROWS + (lane_id() >> 2);
-            to[0] = sum[0], to[8] = sum[1];
-        }
+        store_sums(held.sums[TOP_K + part][half] + tile * TILE_ROWS, sum);
     }
 }
 

@@ -12,7 +12,7 @@ from trtvlm.plugins.int4_linear.decode import Norm
 from trtvlm.plugins.int4_moe import reference
 from trtvlm.plugins.int4_moe.bench import random_mlp, weights_of
 from trtvlm.plugins.int4_moe.decode import moe_decode
-from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
+from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 
 DEVICE = "cuda"
@@ -57,9 +57,9 @@ def square_sums(residual: Tensor) -> Tensor:
     return sums
 
 
-def spoilt(weights: MoEWeights, rows: int) -> MoEWorkspace:
+def spoilt(weights: MoEWeights, rows: int) -> DecodeWorkspace:
     """Buffers that hold nothing of use, but for the counters."""
-    workspace = MoEWorkspace.allocate(weights, rows, DEVICE)
+    workspace = DecodeWorkspace.allocate(weights, rows, DEVICE)
     for name, buffer in vars(workspace).items():
         if name != "done":
             buffer.fill_(torch.nan if buffer.is_floating_point() else -1)

@@ -23,7 +23,7 @@ from trtvlm.plugins.int4_linear.decode import (
     linear,
 )
 from trtvlm.plugins.int4_moe.decode import moe_decode
-from trtvlm.plugins.int4_moe.layer import MoEWeights, MoEWorkspace, Tiles
+from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
 from trtvlm.plugins.int8_linear.decode import candidates, head
 from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_decode
 from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
@@ -91,7 +91,7 @@ class DecodeProgram:
         dense = [layer.proj.inputs for layer in self._layers if layer.proj is not None]
         self._inner = empty_half(rows, max(dense), device) if dense else None
         experts = [layer.moe for layer in self._layers if layer.moe is not None]
-        self._moe = MoEWorkspace.allocate(experts[0], rows, device) if experts else None
+        self._moe = DecodeWorkspace.allocate(experts[0], rows, device) if experts else None
 
     def launch(
         self,

@@ -48,7 +48,7 @@ DEVICE void await_turn(const Turn& turn) {
     else __syncthreads();
 }
 
-// Not for the last launch of a step: nobody waits for it.
+// All threads: whoever waits for this launch need not wait for this block. Not for the last one of a step: nobody waits for it.
 DEVICE void finish_turn(const Turn& turn) {
     if (turn.counters) count_done(&turn.counters[turn.index].finished);
 }
