@@ -175,6 +175,13 @@ def test_experts_bytes_by_hand() -> None:
     assert found["route_row"] == pytest.approx(router + 26 * 2 * 2 * one + 26 * 4 * 2048)
     assert found["experts_row"] == pytest.approx(26 * (6 * 3 + 2) * one + scales * (2048 + 1408) + 26 * 2 * 2816)
     assert found["attend"] == 2 * 1025 * 27 * 576
+    # Of several rows up to 8, all of an expert is in one launch.
+    assert (
+        {"route", "experts_rows"}
+        <= set(kernel_bytes(config, "int8", 4, 1024))
+        == set(kernel_bytes(config, "int8", 8, 1024))
+    )
+    assert {"route", "experts_up", "experts_down"} <= set(kernel_bytes(config, "int8", 9, 1024))
 
 
 @pytest.mark.parametrize("rows", [1, 8])

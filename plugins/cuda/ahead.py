@@ -11,7 +11,6 @@ from torch import Tensor
 
 # Of the cache; the rest is for what the launches in between read and write.
 SHARE = 0.35
-BLOCKS = 96
 
 
 @dataclass(frozen=True)

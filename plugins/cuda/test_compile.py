@@ -10,6 +10,7 @@ from trtvlm.plugins.cuda.launch import defines
 from trtvlm.plugins.int4_linear import decode as linear
 from trtvlm.plugins.int4_moe import decode as moe
 from trtvlm.plugins.int4_moe import row as moe_row
+from trtvlm.plugins.int4_moe import rows as moe_rows
 from trtvlm.plugins.int4_moe.layer import ROUTE_WARPS, MoEWeights, Tiles, down_warps
 from trtvlm.plugins.int4_moe.reference import Routing
 from trtvlm.plugins.int8_linear import decode as head
@@ -58,15 +59,14 @@ def linears(config: LanguageConfig) -> dict[str, tuple[int, int, int, int, bool]
 @pytest.mark.parametrize("model", MODELS)
 def test_linear(model: str, layer: str, arch: str) -> None:
     inputs, tiles, halves, epilogue, normalised = linears(language_size(model))[layer]
-    # ONE_ROW makes a difference where there is something to normalise.
-    for one_row in (False, True) if normalised else (False,):
+    for one_row in (False, True):
         macros, blocks, warps = linear.macros(
             inputs, tiles, halves, epilogue=epilogue, normalised=normalised, scaled=True, one_row=one_row
         )
         values = dict(macros)
         held = int(values["INT4_BLOCK"]) * (2 if epilogue == 2 else 1)
         rows = 1 if one_row else ROWS
-        shared = linear.shared_bytes(inputs, warps, rows, tiles=held, normalised=normalised)
+        shared = linear.shared_bytes(inputs, warps, rows, tiles=held, staged=normalised or one_row)
         check(linear.SOURCE, values, arch, 32 * warps, shared)
         assert blocks >= halves
 
@@ -108,7 +108,7 @@ def experts(config: LanguageConfig) -> MoEWeights:
 def test_experts(model: str, arch: str) -> None:
     layer = experts(language_size(model))
     hidden = layer.router.shape[1]
-    route = linear.shared_bytes(hidden, 8, ROWS, tiles=2, normalised=True)
+    route = linear.shared_bytes(hidden, 8, ROWS, tiles=2, staged=True)
     threads = {"route": 256, "fix_inputs": 256, "experts_up": 256, "experts_down": 32 * down_warps(hidden)}
     check(moe.SOURCE, dict(layer.macros), arch, threads, {"route": route, "experts_up": moe.up_bytes(hidden)})
 
@@ -120,3 +120,10 @@ def test_experts_of_a_lone_row(model: str, arch: str) -> None:
     threads = {"route_row": 32 * ROUTE_WARPS, "experts_row": 32 * moe_row.EXPERT_WARPS}
     shared = {"route_row": moe_row.route_bytes(layer.router.shape[1]), "experts_row": moe_row.expert_bytes(layer)}
     check(moe_row.SOURCE, dict(layer.macros), arch, threads, shared)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("model", MODELS)
+def test_experts_of_several_rows(model: str, arch: str) -> None:
+    layer = experts(language_size(model))
+    check(moe_rows.SOURCE, dict(layer.macros), arch, 32 * moe_row.EXPERT_WARPS, moe_rows.rows_bytes(layer))

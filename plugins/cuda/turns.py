@@ -94,8 +94,8 @@ class Streams:
 class Turns:
     """The turns of a step of at most `launches` launches; counters int32 [launches, WORDS].
 
-    taken, overlapped: launches since `begin`, and how many of them started before the one ahead had ended.
-    queues, room: instead of those of the CUDA device `device`.
+    room: what the device has. taken, overlapped: launches since `begin`, and how many of them started before the one ahead had
+    ended. queues, room: instead of those of the CUDA device `device`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Turns:
     ) -> None:
         self.counters = torch.zeros(launches, WORDS, dtype=torch.int32, device=device)
         self._queues = queues or Streams(device)
-        self._room = room or device_of(self.counters.device.index)
+        self.room = room or device_of(self.counters.device.index)
         self.taken, self.overlapped = 0, 0
         self._queue = 0
         self._ahead: tuple[int, Use] | None = None
@@ -126,7 +126,7 @@ class Turns:
         if index >= len(self.counters):
             raise ValueError(f"a step of more than {len(self.counters)} launches")
         before = 0
-        if self._ahead is not None and self._room.leaves_room(blocks, use, self._ahead[1]):
+        if self._ahead is not None and self.room.leaves_room(blocks, use, self._ahead[1]):
             before = self._ahead[0]
             self._queue = 1 - self._queue
             if self._ended is not None:
@@ -153,15 +153,19 @@ def launch_in_turn(
     *arguments: Tensor | int | float | None,
     shared: int = 0,
     counted: int | None = None,
+    apart: bool = False,
 ) -> None:
     """Launch a kernel whose last arguments are its turn; in order with everything else where `turns` is None.
 
-    counted: how many of its blocks count themselves, if not all.
+    counted: how many of its blocks count themselves, if not all. apart: no two of its blocks shall stand on one
+    multiprocessor, where there are no more of them than multiprocessors.
     """
     if turns is None:
         launch(grid, block, *arguments, None, 0, 0, shared=shared)
         return
-    launch = launch.overlapping
-    blocks = math.prod(grid)
+    launch, blocks = launch.overlapping, math.prod(grid)
+    if apart and blocks <= turns.room.count:
+        # Two blocks with half of what there is find no room: something is kept of each.
+        shared = max(shared, turns.room.multiprocessor.shared // 2)
     with turns.next(blocks, launch.use(block, shared), blocks if counted is None else counted) as turn:
         launch(grid, block, *arguments, *turn, shared=shared)

@@ -97,17 +97,17 @@ DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* s
     }
 }
 
-// Block (chunk, key head, tile of rows); blocks past the span's chunks (`room`) fetch ahead. q half [rows,
+// Block (chunk, key head, tile of rows); a plane of blocks past the rows' (`planes`) fetches ahead. q half [rows,
 // HEADS * WIDTH], k and v half [rows, KV_HEADS * WIDTH], their rows a stride apart, caches half [KV_HEADS, span, WIDTH],
 // tables float [positions, WIDTH / 2]; outputs half [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
            const float* sines, const int* cursor, float scale, u16* key_cache,
-           u16* value_cache, int span, u16* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead,
+           u16* value_cache, int span, u16* outputs, Share* shares, int chunks, int all_rows, int planes, const u64* ahead,
            int ahead_count, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
-    if (blockIdx.x >= room) {  // of launches that do not overlap
-        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
+    if (int(blockIdx.z) >= planes) {  // of launches that do not overlap
+        fetch_ahead(ahead, ahead_count, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
         return;
     }
     __shared__ __align__(16) u16 keys[CHUNK * STRIDE], values[CHUNK * STRIDE];

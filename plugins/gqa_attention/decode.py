@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
+from trtvlm.plugins.cuda.ahead import NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import check_rows
@@ -71,11 +71,11 @@ def gqa_decode(
     scale = width**-0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     tiles = -(-rows // ROWS)
-    extra = BLOCKS if coming.count and turns is None else 0
+    extra = int(coming.count > 0 and turns is None)
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room + extra, kv_heads, tiles), 32 * _WARPS, q, q.stride(0), k, v,
+        turns, kernel(SOURCE, "attend", macros), (room, kv_heads, tiles + extra), 32 * _WARPS, q, q.stride(0), k, v,
         k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks,
-        rows, room, coming.pieces, coming.count,
+        rows, tiles, coming.pieces, coming.count,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
     launch_in_turn(

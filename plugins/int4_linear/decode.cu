@@ -19,6 +19,8 @@ constexpr int PAIR = EPILOGUE == GATED_OUT ? 2 : 1;
 constexpr int INT4_COUNT = INT4_TILES / PAIR, HALF_COUNT = HALF_TILES / PAIR;  // tiles, or pairs of tiles
 constexpr int HALF_BLOCKS = (HALF_COUNT + HALF_BLOCK - 1) / HALF_BLOCK;
 using Part = Slice<INPUTS, WARPS>;
+// Whether a warp has its slice of the rows in shared memory.
+constexpr bool STAGED = NORMALISED || ONE_ROW;
 
 struct Arguments {
     const void* x;             // half [rows, INPUTS], or float when NORMALISED
@@ -36,7 +38,7 @@ struct Arguments {
 // Bytes of shared memory a warp has, for its activations first and for its partial sums then.
 DEVICE int warp_bytes(int rows) {
     constexpr int tiles = PAIR * larger(INT4_TILES ? INT4_BLOCK : 0, HALF_TILES ? HALF_BLOCK : 0);
-    const int staged = NORMALISED ? rows * Part::STRIDE * 2 : 0;
+    const int staged = STAGED ? rows * Part::STRIDE * 2 : 0;
     return larger(tiles * COLUMNS * PARTIAL_COLUMN * 4, staged);
 }
 
@@ -64,8 +66,8 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     constexpr int TILES = PAIR * COUNT, GROUPS = Part::GROUPS, STEPS = Part::STEPS;
     // Registers a step needs: as many steps are under way as fit beside the rest.
     constexpr int WEIGHT = Weight::REGISTERS * TILES;
-    constexpr int STEP = NORMALISED ? WEIGHT : WEIGHT + (SCALE ? 16 : 8);
-    constexpr int DEPTH = smaller(STEPS, larger(1, (NORMALISED ? (Weight::BYTES ? 72 : 80) : WARPS > 8 ? 72 : 88) / STEP));
+    constexpr int STEP = STAGED ? WEIGHT : WEIGHT + (SCALE ? 16 : 8);
+    constexpr int DEPTH = smaller(STEPS, larger(1, (STAGED ? (Weight::BYTES ? 72 : 80) : WARPS > 8 ? 72 : 88) / STEP));
 
     // Of the others, as many as fit go by way of shared memory.
     constexpr int STEP_BYTES = TILES * Weight::BYTES;
@@ -98,11 +100,11 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     Activation x[DEPTH];
     Activation scale[DEPTH];
     auto load_scales = [&](int step) {
-        if (!NORMALISED && SCALE && Part::has(step))
+        if (!STAGED && SCALE && Part::has(step))
             scale[step % DEPTH] = load_activation(a.pre_quant_scale, 0, Part::group(step), true);
     };
     auto load_inputs = [&](int step) {
-        if (!NORMALISED && Part::has(step)) x[step % DEPTH] = load_direct(halves, Part::group(step), present);
+        if (!STAGED && Part::has(step)) x[step % DEPTH] = load_direct(halves, Part::group(step), present);
     };
 
 #pragma unroll
@@ -117,6 +119,15 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     if (LANDED) copy_commit();
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load_scales(step);
+    // A lone row's slice, in pieces of 8 halves.
+    constexpr int PIECES = STAGED && !NORMALISED ? (STEPS * 8 + 31) / 32 : 1;
+    auto piece_of = [&](int n) { return lane_id() + 32 * n; };
+    auto input_of = [&](int n) { return Part::group(piece_of(n) >> 3) * TILE_INPUTS + 8 * (piece_of(n) & 7); };
+    auto has_piece = [&](int n) { return STAGED && !NORMALISED && piece_of(n) < STEPS * 8 && Part::has(piece_of(n) >> 3); };
+    uint4 factor[PIECES];
+#pragma unroll
+    for (int n = 0; n < PIECES; ++n)
+        if (SCALE && has_piece(n)) factor[n] = *reinterpret_cast<const uint4*>(a.pre_quant_scale + input_of(n));
     // What the residual was, for the end: this thread's outputs.
     constexpr int OUTPUTS = (COUNT * TILE_ROWS * COLUMNS + THREADS - 1) / THREADS;
     float before[OUTPUTS];
@@ -142,15 +153,25 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         normalise_rows<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
                                               a.square_sums + row0 * (INPUTS / 16), a.norm, a.pre_quant_scale, rows, a.eps);
     }
+    uint4 piece[PIECES];
+#pragma unroll
+    for (int n = 0; n < PIECES; ++n)
+        if (has_piece(n)) piece[n] = *reinterpret_cast<const uint4*>(halves + input_of(n));
+#pragma unroll
+    for (int n = 0; n < PIECES; ++n) {
+        if (!has_piece(n)) continue;
+        if (SCALE) scale_by(piece[n], factor[n]);
+        *reinterpret_cast<uint4*>(reinterpret_cast<u16*>(own) + 8 * piece_of(n)) = piece[n];
+    }
     if (LANDED) copy_wait<0>();
-    if (LANDED || NORMALISED) __syncwarp();
+    if (LANDED || STAGED) __syncwarp();
 
     float sum[TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         if (Part::has(step)) {
             Activation now = x[step % DEPTH];
-            if (NORMALISED) {
+            if (STAGED) {
                 now = load_activation(reinterpret_cast<u16*>(own), Part::STRIDE, step, present);
             } else if (SCALE) {
                 scale_by(now.first, scale[step % DEPTH].first);

@@ -105,10 +105,7 @@ def gated_linear(
 def macros(
     inputs: int, int4_tiles: int, half_tiles: int, *, epilogue: int, normalised: bool, scaled: bool, one_row: bool
 ) -> tuple[Defines, int, int]:
-    """The kernel's macros, its blocks in x and its warps; but for ONE_ROW they follow from the layer's sizes alone.
-
-    A lone row gets code of its own where there is something to normalise; elsewhere it is hardly shorter.
-    """
+    """The kernel's macros, its blocks in x and its warps; but for ONE_ROW they follow from the layer's sizes alone."""
     pair = 2 if epilogue == _GATED else 1
     groups = inputs // 64
     warps = 8 if groups <= 64 else 16
@@ -117,16 +114,16 @@ def macros(
     block = max(1, min(4, count // 96)) if normalised and epilogue != _GATED else 1
     values = defines(
         IN_FEATURES=inputs, BLOCK_WARPS=warps, INT4_TILES=int4_tiles, HALF_TILES=half_tiles, INT4_BLOCK=block, HALF_BLOCK=1,
-        NORMALISED=int(normalised), PRE_SCALED=int(scaled), EPILOGUE=epilogue, ONE_ROW=int(one_row and normalised),
+        NORMALISED=int(normalised), PRE_SCALED=int(scaled), EPILOGUE=epilogue, ONE_ROW=int(one_row),
     )  # fmt: skip
     return values, -(-count // block) + halves, warps
 
 
-def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, normalised: bool) -> int:
-    """Shared memory of a block: of each warp its activations, and later its partial sums."""
+def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, staged: bool) -> int:
+    """Shared memory of a block: of each warp its activations, if they are staged there, and later its partial sums."""
     steps = -(-(inputs // 64) // warps)
-    staged = rows * (steps * 64 + 8) * 2 if normalised else 0
-    return warps * max(tiles * COLUMNS * 20 * 4, staged)
+    activations = rows * (steps * 64 + 8) * 2 if staged else 0
+    return warps * max(tiles * COLUMNS * 20 * 4, activations)
 
 
 def _launch(
@@ -151,7 +148,7 @@ def _launch(
     )  # fmt: skip
     parameters = dict(values)
     tiles = int(parameters["INT4_BLOCK"]) * (2 if epilogue == _GATED else 1)
-    shared = shared_bytes(weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, normalised=norm is not None)
+    shared = shared_bytes(weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, staged=norm is not None or rows == 1)
     launch_in_turn(
         turns,
         kernel(SOURCE, "linear", values),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -13,10 +14,11 @@ from trtvlm.model.config import LanguageConfig
 from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.cuda.tiles import int4_tiles
 from trtvlm.plugins.cuda.timing import time_graph
-from trtvlm.plugins.int4_linear.decode import Norm
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm
 from trtvlm.plugins.int4_moe import decode
 from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
+from trtvlm.plugins.int4_moe.rows import experts_rows
 
 LAYERS = 32  # a launch each; of the smallest model the route alone then reads 85 MB, more than the L2 cache has
 EPS = 1e-6
@@ -77,7 +79,8 @@ def read_bytes(config: LanguageConfig, chosen: int) -> dict[str, int]:
     matrix = hidden * width // 2 + hidden * width // 64 * 2
     shared = (config.n_shared_experts or 0) * matrix
     router = 4 * hidden * (config.n_routed_experts or 0)
-    return {"route": router + 2 * shared, "experts_up": 2 * chosen * matrix, "experts_down": chosen * matrix + shared}
+    up, down = 2 * chosen * matrix, chosen * matrix + shared
+    return {"route": router + 2 * shared, "experts_up": up, "experts_down": down, "experts_rows": up + down}
 
 
 def bench(name: str) -> None:
@@ -90,9 +93,8 @@ def bench(name: str) -> None:
         beside = width * (config.n_shared_experts or 0)
         shared = random_mlp(hidden, beside, None, "cuda", scaled=True) if beside else None
         layers.append(weights_of(config, experts, shared, "cuda"))
-    for rows in (1, 4, 8):
-        # Of one row, a layer is two kernels of its own (row.cu).
-        launches: dict[str, list[Callable[[], None]]] = {"route": [], "experts_up": [], "experts_down": [], "layer": []}
+    for rows in (1, 4, 8, 16):
+        launches: dict[str, list[Callable[[], None]]] = defaultdict(list)
         chosen = 0
         for weights in layers:
             residual = torch.randn(rows, hidden, device="cuda")
@@ -102,14 +104,20 @@ def bench(name: str) -> None:
             out, sums = residual.clone(), norm.square_sums.clone()
             decode.route(residual, norm, weights, workspace, rows)
             decode.experts_up(weights, workspace, rows)
-            chosen += int(workspace.work[0, 0])
+            chosen += int(workspace.work[:, 0].sum())
+            launches["layer"].append(
+                partial(decode.moe_decode, out, Norm(norm.weight, sums, EPS), weights, workspace, rows)
+            )
+            if rows == 1:  # two kernels that take turns (row.cu)
+                continue
             launches["route"].append(partial(decode.route, residual, norm, weights, workspace, rows))
-            launches["experts_up"].append(partial(decode.experts_up, weights, workspace, rows))
-            launches["experts_down"].append(partial(decode.experts_down, out, sums, weights, workspace, rows))
-            alone = Norm(norm.weight, sums, EPS)
-            launches["layer"].append(partial(decode.moe_decode, out, alone, weights, workspace, rows))
+            if rows <= COLUMNS:
+                launches["experts_rows"].append(partial(experts_rows, out, sums, weights, workspace, rows))
+            else:
+                launches["experts_up"].append(partial(decode.experts_up, weights, workspace, rows))
+                launches["experts_down"].append(partial(decode.experts_down, out, sums, weights, workspace, rows))
         sizes = read_bytes(config, round(chosen / LAYERS))
-        sizes["layer"] = sum(sizes.values())
+        sizes["layer"] = sizes["route"] + sizes["experts_rows"]
         for kernel, calls in launches.items():
             time, size = time_graph(calls), sizes[kernel]
             print(f"{name:20} M={rows} {kernel:12} {time:7.2f} us {size / 1e6:7.2f} MB {size / time / 1e3:7.0f} GB/s")

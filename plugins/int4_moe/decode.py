@@ -18,6 +18,7 @@ from trtvlm.plugins.int4_moe.layer import (
     router_blocks,
 )
 from trtvlm.plugins.int4_moe.row import decode_row
+from trtvlm.plugins.int4_moe.rows import experts_rows
 
 SOURCE = "int4_moe/decode.cu"
 _BLOCK_WARPS = 8
@@ -34,6 +35,9 @@ def moe_decode(
         decode_row(residual, norm, weights, workspace, turns)
         return
     route(residual, norm, weights, workspace, rows, turns)
+    if rows <= COLUMNS:
+        experts_rows(residual, norm.square_sums, weights, workspace, rows, turns)
+        return
     experts_up(weights, workspace, rows, turns)
     experts_down(residual, norm.square_sums, weights, workspace, rows, turns)
 
@@ -49,7 +53,7 @@ def route(
     grid = (blocks, -(-rows // COLUMNS))
     fc_scale, fc_codes, fc_scales = parts(weights.shared_fc)
     proj_scale, _, _ = parts(weights.shared_proj)
-    shared = shared_bytes(hidden, ROUTE_WARPS, min(rows, COLUMNS), tiles=2, normalised=True)
+    shared = shared_bytes(hidden, ROUTE_WARPS, min(rows, COLUMNS), tiles=2, staged=True)
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router,
@@ -103,4 +107,4 @@ def experts_down(
 
 def up_bytes(hidden: int) -> int:
     """Dynamic shared memory of a block of `experts_up`: 8 rows' inputs, then its warps' partial sums in their place."""
-    return max(COLUMNS * (2 * hidden + 64), shared_bytes(hidden, _BLOCK_WARPS, COLUMNS, tiles=4, normalised=False))
+    return max(COLUMNS * (2 * hidden + 64), shared_bytes(hidden, _BLOCK_WARPS, COLUMNS, tiles=4, staged=False))

@@ -120,21 +120,25 @@ class MoEWorkspace:
 
 @dataclass(frozen=True)
 class DecodeWorkspace(MoEWorkspace):
-    """The same for `moe_decode`, which has kernels of their own for a lone row.
+    """The same for `moe_decode`, which has kernels of its own for up to 8 rows.
 
-    given float32 [top_k, width / 64, hidden]: what each group of its hidden values gives. done: counters, 0 between layers.
+    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. listed int32: the work list of
+    rows.cu. done: counters, 0 between layers.
     """
 
     given: Tensor
+    listed: Tensor
     done: Tensor
 
     @classmethod
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> DecodeWorkspace:
         """As in `MoEWorkspace`."""
+        (experts, hidden), k = weights.router.shape, weights.routing.top_k
         return cls(
             **vars(MoEWorkspace.allocate(weights, rows, device)),
-            given=torch.empty(weights.routing.top_k, weights.width // 64, weights.router.shape[1], device=device),
-            done=torch.zeros(3, dtype=torch.int32, device=device),
+            given=torch.empty(min(rows, COLUMNS), k, weights.width // 64, hidden, device=device),
+            listed=torch.empty(4 + 3 * min(COLUMNS * k, 2 * experts), dtype=torch.int32, device=device),
+            done=torch.zeros(4, dtype=torch.int32, device=device),
         )
 
 
@@ -143,9 +147,9 @@ def parts(tiles: Tiles | None) -> tuple[Tensor | None, Tensor | None, Tensor | N
     return (None, None, None) if tiles is None else (tiles.pre_quant_scale, tiles.codes, tiles.scales)
 
 
-def router_blocks(experts: int, hidden: int) -> int:
-    """Blocks that multiply with the router, and those that write what the experts read (router.cuh)."""
-    return -(-experts // _ROUTER_EXPERTS) + -(-hidden // INPUT_VALUES)
+def router_blocks(experts: int, hidden: int, values: int = INPUT_VALUES) -> int:
+    """Blocks that multiply with the router, and those that write what the experts read (router.cuh), `values` inputs each."""
+    return -(-experts // _ROUTER_EXPERTS) + -(-hidden // values)
 
 
 def down_warps(hidden: int) -> int:

@@ -8,7 +8,10 @@
 constexpr int ROUTE_WARPS = 8;
 constexpr int ROUTER_PARTS = 4, ROUTER_EXPERTS = ROUTE_WARPS / ROUTER_PARTS;  // warps that share an expert; experts a block
 constexpr int ROUTER_BLOCKS = (EXPERTS + ROUTER_EXPERTS - 1) / ROUTER_EXPERTS;
-constexpr int INPUT_QUADS = 64, INPUT_BLOCKS = (QUADS + INPUT_QUADS - 1) / INPUT_QUADS;  // of the experts' inputs
+#ifndef INPUT_QUADS
+#define INPUT_QUADS 64
+#endif
+constexpr int INPUT_BLOCKS = (QUADS + INPUT_QUADS - 1) / INPUT_QUADS;  // of the experts' inputs
 
 // A block of the router: its experts' logits [all rows, EXPERTS].
 DEVICE void router_logits(const float* residual, const float* square_sums, const u16* norm, float eps, const float* router,

@@ -146,9 +146,15 @@ struct Entry {
     u32 rows, slots;
 };
 
-// The whole block of at least EXPERTS threads: which experts the rows chose, in order, with their rows and slots; how many.
-template <int WARPS>
+// Entries of a work list if an expert has one for each MOST of its rows.
+template <int MOST>
+constexpr int MOST_LISTED = COLUMNS * TOP_K < EXPERTS * ((COLUMNS + MOST - 1) / MOST) ? COLUMNS * TOP_K : EXPERTS * ((COLUMNS + MOST - 1) / MOST);
+
+// The whole block of at least EXPERTS threads: which experts the rows chose, in order, with their rows and slots; how many. An expert
+// of more than MOST rows is there twice, with its first MOST rows and with the others.
+template <int WARPS, int MOST = COLUMNS>
 DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* counts) {
+    static_assert(2 * MOST >= COLUMNS, "an expert is there twice at most");
     const int expert = threadIdx.x;
     u32 mask = 0, slots = 0;
     if (expert < EXPERTS) {
@@ -158,16 +164,22 @@ DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* 
                 if (chosen[row][slot] == expert) mask |= 1u << row, slots |= u32(slot) << (4 * row);
         }
     }
-    const u32 active = __ballot_sync(ALL, mask != 0);
-    if (lane_id() == 0) counts[warp_id()] = __popc(active);
+    u32 others = mask;  // without its first MOST rows
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) others &= others - 1;
+    if (MOST == COLUMNS) others = 0;
+    const u32 active = __ballot_sync(ALL, mask != 0), twice = MOST == COLUMNS ? 0 : __ballot_sync(ALL, others != 0);
+    if (lane_id() == 0) counts[warp_id()] = __popc(active) + __popc(twice);
     __syncthreads();
-    int entry = __popc(active & ((1u << lane_id()) - 1)), total = 0;
+    const u32 before = (1u << lane_id()) - 1;
+    int entry = __popc(active & before) + __popc(twice & before), total = 0;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) {
         if (warp < warp_id()) entry += counts[warp];
         total += counts[warp];
     }
-    if (mask) entries[entry] = Entry{expert, mask, slots};
+    if (mask) entries[entry] = Entry{expert, mask & ~others, slots};
+    if (others) entries[entry + 1] = Entry{expert, others, slots};
     __syncthreads();
     return total;
 }

@@ -11,7 +11,8 @@ from trtvlm.plugins.int4_moe.layer import ROUTE_WARPS, DecodeWorkspace, MoEWeigh
 
 SOURCE = "int4_moe/row.cu"
 EXPERT_WARPS = 16
-_SLICES, _TILE = 4, 512 + 32  # UP_WARPS; bytes of a tile's codes and scales
+_INPUT_VALUES = 1024  # INPUT_QUADS of row.cu
+SLICES, TILE = 4, 512 + 32  # UP_WARPS; bytes of a tile's codes and scales
 
 
 def decode_row(
@@ -19,14 +20,18 @@ def decode_row(
 ) -> None:
     """`decode.moe_decode` of one row."""
     experts, hidden = weights.router.shape
-    routing = router_blocks(experts, hidden)
     fc_scale, fc_codes, fc_scales = parts(weights.shared_fc)
     proj_scale, proj_codes, proj_scales = parts(weights.shared_proj)
+    routing, shared_blocks = router_blocks(experts, hidden, _INPUT_VALUES), weights.shared_width // 32
+    places = 0 if turns is None else turns.room.count - routing
+    if places > 0:
+        # A block a multiprocessor: then the next launch's first blocks have one each, too.
+        shared_blocks = min(shared_blocks, places)
     launch_in_turn(
-        turns, kernel(SOURCE, "route_row", weights.macros), (routing + weights.shared_width // 32,), 32 * ROUTE_WARPS,
+        turns, kernel(SOURCE, "route_row", weights.macros), (max(places, shared_blocks) + routing,), 32 * ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router, weights.fc.pre_quant_scale, workspace.logits,
         workspace.inputs, workspace.input_scales, fc_scale, fc_codes, fc_scales, proj_scale, workspace.shared, workspace.done,
-        shared=route_bytes(hidden), counted=routing,
+        shared_blocks, shared=route_bytes(hidden), counted=routing, apart=True,
     )  # fmt: skip
     routed, summing = weights.width // 64 * weights.routing.top_k, hidden // 32
     launch_in_turn(
@@ -39,14 +44,14 @@ def decode_row(
 
 def route_bytes(hidden: int) -> int:
     """Dynamic shared memory of a block of `route_row`: `SharedUp` of row_shared.cuh."""
-    steps = -(-hidden // 64 // _SLICES)
-    return ROUTE_WARPS * 2 * steps * _TILE + _SLICES * steps * (128 + 4) + 2 * ROUTE_WARPS * 2 * 64
+    steps = -(-hidden // 64 // SLICES)
+    return ROUTE_WARPS * 2 * steps * TILE + SLICES * steps * (128 + 4) + 2 * ROUTE_WARPS * 2 * 64
 
 
 def expert_bytes(weights: MoEWeights) -> int:
     """Dynamic shared memory of a block of `experts_row`: the larger of `Routed` (row_routed.cuh) and `Merge` (row_merge.cuh)."""
     hidden, top_k, groups = weights.router.shape[1], weights.routing.top_k, max(1, weights.shared_width // 64)
-    slices = _SLICES * -(-hidden // 64 // _SLICES)
-    routed = hidden // 16 * _TILE + slices * (128 + 4) + 2 * 128 + 4 * _SLICES * 2 * 64 + 8
-    merge = groups * (2 * _TILE + 128 + 4) + weights.units * 2 * 128 + 2 * 4 * top_k
+    slices = SLICES * -(-hidden // 64 // SLICES)
+    routed = hidden // 16 * TILE + slices * (128 + 4) + 2 * 128 + 4 * SLICES * 2 * 64 + 8
+    merge = groups * (2 * TILE + 128 + 4) + weights.units * 2 * 128 + 2 * 4 * top_k
     return -(-max(routed, merge) // 16) * 16

@@ -4,20 +4,26 @@
 
 constexpr int SHARED_TILES = ROUTE_WARPS / UP_WARPS;  // of gated products a block has
 constexpr int SHARED_UP_BLOCKS = SHARED / TILE_ROWS / SHARED_TILES;
-constexpr int SPLIT = ROUTE_WARPS / UP_WARPS;  // decode.cu shares these inputs among ROUTE_WARPS warps: here a warp has the sums of SPLIT
+constexpr int SHARES = ROUTE_WARPS / UP_WARPS;  // decode.cu shares these inputs among ROUTE_WARPS warps: here a warp has the sums of SHARES
 
 struct SharedUp {
     uint4 codes[ROUTE_WARPS][2][Up::STEPS][32];
     u32 scales[ROUTE_WARPS][2][Up::STEPS][8];
     char inputs[UP_WARPS][Up::STEPS * GROUP_BYTES];
     float input_scales[UP_WARPS][Up::STEPS];
-    Partials<SPLIT * UP_WARPS> partials[SHARED_TILES];
+    Partials<SHARES * UP_WARPS> partials[SHARED_TILES];
 };
 
 // SHARED_TILES * 16 gated products, as halves.
 DEVICE void shared_up(SharedUp& held, int block, const float* residual, const float* square_sums, const u16* norm, float eps,
                       const u16* scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* hidden, const Turn& turn) {
     const int slice = warp_id() % UP_WARPS, pair = warp_id() / UP_WARPS, output = block * SHARED_TILES * TILE_ROWS + threadIdx.x;
+    fetch_halves(norm, HIDDEN);
+    if (SHARED_SCALED) fetch_halves(scale, HIDDEN);
+    float next = 1.f;
+    if (next_scale && threadIdx.x < SHARED_TILES * TILE_ROWS) next = half_to_float(next_scale[output]);
+    // Before, its weights would be in the way of what the launch ahead has to write.
+    await_turn(turn);
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
         const size_t tile = size_t(block * SHARED_TILES + pair + r * (SHARED / TILE_ROWS)) * Up::GROUPS;
@@ -29,11 +35,6 @@ DEVICE void shared_up(SharedUp& held, int block, const float* residual, const fl
             copy_async(&held.scales[warp_id()][r][step][part], scales + (tile + Up::group(step, slice)) * 8 + part);
     }
     copy_commit();
-    fetch_halves(norm, HIDDEN);
-    if (SHARED_SCALED) fetch_halves(scale, HIDDEN);
-    float next = 1.f;
-    if (next_scale && threadIdx.x < SHARED_TILES * TILE_ROWS) next = half_to_float(next_scale[output]);
-    await_turn(turn);
     if (warp_id() < UP_WARPS) {
         char* own = held.inputs[warp_id()];
         normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(reinterpret_cast<u16*>(own), residual, square_sums, norm, scale, 1, eps);
@@ -42,13 +43,13 @@ DEVICE void shared_up(SharedUp& held, int block, const float* residual, const fl
     }
     copy_wait<0>();
     __syncthreads();
-    float sum[SPLIT][2][2] = {};
+    float sum[SHARES][2][2] = {};
 #pragma unroll 1
-    for (int first = 0; first < Up::STEPS; first += SPLIT) {
+    for (int first = 0; first < Up::STEPS; first += SHARES) {
 #pragma unroll
-        for (int split = 0; split < SPLIT; ++split) {
+        for (int split = 0; split < SHARES; ++split) {
             const int step = first + split;
-            if ((Up::STEPS % SPLIT && step >= Up::STEPS) || !Up::has(step, slice)) continue;
+            if ((Up::STEPS % SHARES && step >= Up::STEPS) || !Up::has(step, slice)) continue;
             const uint4 x = load_fixed_row(held.inputs[slice] + step * GROUP_BYTES);
             const float x_scale = held.input_scales[slice][step];
 #pragma unroll
@@ -58,8 +59,8 @@ DEVICE void shared_up(SharedUp& held, int block, const float* residual, const fl
         }
     }
 #pragma unroll
-    for (int i = 0; i < 2 * SPLIT; ++i) store_sums(held.partials[pair][slice + i / 2 * UP_WARPS][i & 1], sum[i / 2][i & 1]);
+    for (int i = 0; i < 2 * SHARES; ++i) store_sums(held.partials[pair][slice + i / 2 * UP_WARPS][i & 1][0], sum[i / 2][i & 1]);
     __syncthreads();
     if (threadIdx.x < SHARED_TILES * TILE_ROWS)
-        hidden[output] = float_to_half(gated<SPLIT * UP_WARPS>(held.partials[threadIdx.x / TILE_ROWS], threadIdx.x % TILE_ROWS) * next);
+        hidden[output] = float_to_half(gated<SHARES * UP_WARPS>(held.partials[threadIdx.x / TILE_ROWS], threadIdx.x % TILE_ROWS) * next);
 }

@@ -20,7 +20,7 @@ def test_the_shared_experts_first_half_compiles_without_a_norm(model: str) -> No
     usage = kernels["linear"]
     assert usage.spilled == usage.stack == 0
     assert usage.registers * 32 * warps <= 65536
-    assert linear.shared_bytes(config.hidden_size, warps, 8, tiles=2, normalised=False) <= SHARED_LIMIT
+    assert linear.shared_bytes(config.hidden_size, warps, 8, tiles=2, staged=False) <= SHARED_LIMIT
 
 
 def test_pieces_of_a_workspace_do_not_overlap() -> None:

@@ -1,6 +1,7 @@
 // Absorbed latent attention for 1 to 16 new rows in three launches: absorb (which also appends to the caches), attend over
 // chunks of positions, combine with the value half. Positions are cut in chunks from 0 on, whatever the rows.
-// Macros: HEADS, NOPE, ROPE, VALUE, RANK; COMBINE_TILES: tiles of 16 values a block of `combine` takes; INT8_LATENT: latent.cuh.
+// Macros: HEADS, NOPE, ROPE, VALUE, RANK; ATTEND_ROWS: rows that share the keys a block of `attend` has loaded; COMBINE_TILES: tiles of
+// 16 values a block of `combine` takes; INT8_LATENT: latent.cuh.
 #include "attention.cuh"
 #include "int4_linear/slice.cuh"
 #include "int4_linear/weights.cuh"
@@ -184,114 +185,132 @@ DEVICE void load_keys(u16* keys, const Latent* latent_cache, const u16* latent_s
 #endif
 }
 
-// A chunk's scores under the queries of 16 heads, and its share of their outputs. outputs [HEADS, RANK] and shares [HEADS] of this
-// row and chunk; `seen` positions count from the chunk's first.
-DEVICE void attend_chunk(const u16* keys, const u16* mine, u16* weights, float* scores, float scale, int seen, int head0,
-                         u16* outputs, Share* shares) {
+// What a block has in shared memory.
+struct Chunk {
+    u16 keys[CHUNK][KEY_STRIDE], queries[ATTEND_ROWS][16][KEY_STRIDE], weights[ATTEND_ROWS][16][WEIGHT_STRIDE];
+    float scores[ATTEND_ROWS][SCORE_PARTS][16][SCORE_STRIDE];
+};
+
+// A chunk's scores under the queries of 16 heads of `rows` rows, and its share of their outputs. outputs [HEADS, RANK] and shares [HEADS] of
+// the first row and this chunk, those of the next `chunks` further on; of its positions the first row sees `seen`, the next one more.
+DEVICE void attend_chunk(Chunk& held, int rows, float scale, int seen, int head0, u16* outputs, Share* shares, int chunks) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
     {
         const int tile = warp_id() % SCORE_TILES, part = warp_id() / SCORE_TILES;
-        float score[4] = {0.f, 0.f, 0.f, 0.f};
+        float score[ATTEND_ROWS][4] = {};
         // Loads do not pass products, so they come first, a few steps at a time.
         constexpr int AT_ONCE = PART_STEPS % 3 == 0 ? 3 : PART_STEPS % 2 == 0 ? 2 : 1;
-        const u16 *queries = mine + part * PART_STEPS * 16, *chunk = keys + tile * 8 * KEY_STRIDE + part * PART_STEPS * 16;
+        const u16* chunk = held.keys[tile * 8] + part * PART_STEPS * 16;
 #pragma unroll
         for (int from = 0; from < PART_STEPS; from += AT_ONCE) {
-            u32 a[AT_ONCE][4], b[AT_ONCE][2];
+            u32 a[ATTEND_ROWS][AT_ONCE][4], b[AT_ONCE][2];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
-                load_a(a[i], queries + (from + i) * 16, KEY_STRIDE);
+#pragma unroll
+                for (int r = 0; r < ATTEND_ROWS; ++r) load_a(a[r][i], held.queries[r][0] + (part * PART_STEPS + from + i) * 16, KEY_STRIDE);
                 load_b(b[i][0], b[i][1], chunk + (from + i) * 16, KEY_STRIDE);
             }
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                if (EVEN_PARTS || part * PART_STEPS + from + i < KEY_STEPS) mma_16x8x16(score, a[i], b[i][0], b[i][1]);
+            for (int i = 0; i < AT_ONCE; ++i) {
+                if (!EVEN_PARTS && part * PART_STEPS + from + i >= KEY_STEPS) continue;
+#pragma unroll
+                for (int r = 0; r < ATTEND_ROWS; ++r) mma_16x8x16(score[r], a[r][i], b[i][0], b[i][1]);
+            }
         }
-        float* at = scores + part * 16 * SCORE_STRIDE + tile * 8 + 2 * t;
-        at[g * SCORE_STRIDE] = score[0];
-        at[g * SCORE_STRIDE + 1] = score[1];
-        at[(g + 8) * SCORE_STRIDE] = score[2];
-        at[(g + 8) * SCORE_STRIDE + 1] = score[3];
+#pragma unroll
+        for (int r = 0; r < ATTEND_ROWS; ++r) {
+            float* at = held.scores[r][part][0] + tile * 8 + 2 * t;
+            at[g * SCORE_STRIDE] = score[r][0];
+            at[g * SCORE_STRIDE + 1] = score[r][1];
+            at[(g + 8) * SCORE_STRIDE] = score[r][2];
+            at[(g + 8) * SCORE_STRIDE + 1] = score[r][3];
+        }
     }
     __syncthreads();
 
-    {  // a warp a head, a lane a position
+#pragma unroll
+    for (int r = 0; r < ATTEND_ROWS; ++r) {  // a warp a head, a lane a position
         const int head = warp_id();
-        const float* at = scores + head * SCORE_STRIDE + lane_id();
+        const float* at = held.scores[r][0][head] + lane_id();
         float score = at[0];
 #pragma unroll
         for (int part = 1; part < SCORE_PARTS; ++part) score += at[part * 16 * SCORE_STRIDE];
-        score = lane_id() < seen ? score * scale : MINUS_INFINITY;
+        score = lane_id() < seen + r ? score * scale : MINUS_INFINITY;
         const float peak = warp_max(score);
         const u16 weight = float_to_half(exp2f(score - peak));
         const float sum = warp_sum(half_to_float(weight));
-        weights[head * WEIGHT_STRIDE + lane_id()] = weight;
-        if (lane_id() == 0 && head0 + head < HEADS) shares[head0 + head] = Share{peak, sum / CHUNK};
+        held.weights[r][head][lane_id()] = weight;
+        if (lane_id() == 0 && head0 + head < HEADS && r < rows) shares[size_t(r) * chunks * HEADS + head0 + head] = Share{peak, sum / CHUNK};
     }
     __syncthreads();
 
-    u32 a[2][4];
-    load_a(a[0], weights, WEIGHT_STRIDE);
-    load_a(a[1], weights + 16, WEIGHT_STRIDE);
-    u16* out = outputs + head0 * RANK;
-    auto store = [&](int head, int column, float x, float y) {
-        if (head0 + head < HEADS)
-            *reinterpret_cast<u32*>(out + size_t(head) * RANK + column) = floats_to_halves(x / CHUNK, y / CHUNK);
-    };
     constexpr int TILES = (RANK / 8 + ATTEND_WARPS - 1) / ATTEND_WARPS;
     u32 b[TILES][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
         const int tile = warp_id() + i * ATTEND_WARPS;
-        if (RANK / 8 % ATTEND_WARPS == 0 || tile < RANK / 8) load_b_transposed(b[i], keys + tile * 8, KEY_STRIDE);
+        if (RANK / 8 % ATTEND_WARPS == 0 || tile < RANK / 8) load_b_transposed(b[i], held.keys[0] + tile * 8, KEY_STRIDE);
     }
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-        const int tile = warp_id() + i * ATTEND_WARPS, column = tile * 8 + 2 * t;
-        if (RANK / 8 % ATTEND_WARPS && tile >= RANK / 8) continue;
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        mma_16x8x16(sum, a[0], b[i][0], b[i][1]);
-        mma_16x8x16(sum, a[1], b[i][2], b[i][3]);
-        store(g, column, sum[0], sum[1]);
-        store(g + 8, column, sum[2], sum[3]);
+    for (int r = 0; r < ATTEND_ROWS; ++r) {
+        if (r >= rows) break;
+        u32 a[2][4];
+        load_a(a[0], held.weights[r][0], WEIGHT_STRIDE);
+        load_a(a[1], held.weights[r][0] + 16, WEIGHT_STRIDE);
+        u16* out = outputs + (size_t(r) * chunks * HEADS + head0) * RANK;
+        auto store = [&](int head, int column, float x, float y) {
+            if (head0 + head < HEADS)
+                *reinterpret_cast<u32*>(out + size_t(head) * RANK + column) = floats_to_halves(x / CHUNK, y / CHUNK);
+        };
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+            const int tile = warp_id() + i * ATTEND_WARPS, column = tile * 8 + 2 * t;
+            if (RANK / 8 % ATTEND_WARPS && tile >= RANK / 8) continue;
+            float sum[4] = {0.f, 0.f, 0.f, 0.f};
+            mma_16x8x16(sum, a[0], b[i][0], b[i][1]);
+            mma_16x8x16(sum, a[1], b[i][2], b[i][3]);
+            store(g, column, sum[0], sum[1]);
+            store(g + 8, column, sum[2], sum[3]);
+        }
     }
 }
 
-// Block (chunk, tile of 16 heads, row); blocks past the span's chunks (`room`) fetch ahead. outputs half [rows, chunks, HEADS, RANK], shares [rows, chunks, HEADS]; `chunks` is how many
-// the workspace has room for. Scores are in units of log2(e).
+// Block (chunk, tile of 16 heads, ATTEND_ROWS rows); a plane of blocks past the rows' fetches ahead. outputs half [rows, chunks, HEADS, RANK],
+// shares [rows, chunks, HEADS]; `chunks` is how many the workspace has room for. Scores are in units of log2(e).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, 1)
     attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
-           float scale, u16* outputs, Share* shares, int chunks, int room, const u64* ahead, int ahead_count, TurnCounters* turns,
+           float scale, u16* outputs, Share* shares, int chunks, int all_rows, const u64* ahead, int ahead_count, TurnCounters* turns,
            int index, int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
-    if (blockIdx.x >= room) {  // of launches that do not overlap
-        if (blockIdx.y == 0 && blockIdx.z == 0) fetch_ahead(ahead, ahead_count, blockIdx.x - room, gridDim.x - room);
+    Chunk& held = *reinterpret_cast<Chunk*>(shared);
+    const int row = blockIdx.z * ATTEND_ROWS, rows = smaller(ATTEND_ROWS, all_rows - row);
+    if (rows <= 0) {  // of launches that do not overlap
+        fetch_ahead(ahead, ahead_count, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
         return;
     }
-    u16* keys = reinterpret_cast<u16*>(shared);         // [CHUNK][KEY_STRIDE]
-    u16* mine = keys + CHUNK * KEY_STRIDE;              // [16][KEY_STRIDE]
-    u16* weights = mine + 16 * KEY_STRIDE;              // [16][WEIGHT_STRIDE]
-    float* scores = reinterpret_cast<float*>(weights + 16 * WEIGHT_STRIDE);  // [SCORE_PARTS][16][SCORE_STRIDE]
-
-    const int chunk = blockIdx.x, head0 = blockIdx.y * 16, row = blockIdx.z, first = chunk * CHUNK;
-    const int cached = *cursor, seen = cached + row + 1 - first;  // positions this row sees, from the chunk's first on
-    load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, true);
+    const int chunk = blockIdx.x, head0 = blockIdx.y * 16, first = chunk * CHUNK;
+    const int cached = *cursor, seen = cached + row + 1 - first;  // positions the first row sees, from the chunk's first on
+    const bool any = seen + rows > 1;
+    load_keys(held.keys[0], latent_cache, latent_scales, rope_cache, first, cached, true);
     await_turn(turn);
-    if (seen > 0) {
+    if (any) {
         const int head = head0 + warp_id();
-        const u16* from = queries + (size_t(row) * HEADS + smaller(head, HEADS - 1)) * KEY;
 #pragma unroll
-        for (int piece = lane_id(); piece < KEY / 8; piece += 32)
-            copy_async(mine + warp_id() * KEY_STRIDE + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
+        for (int r = 0; r < ATTEND_ROWS; ++r) {
+            const u16* from = queries + (size_t(row + smaller(r, rows - 1)) * HEADS + smaller(head, HEADS - 1)) * KEY;
+#pragma unroll
+            for (int piece = lane_id(); piece < KEY / 8; piece += 32)
+                copy_async(held.queries[r][warp_id()] + piece * 8, from + piece * 8, head < HEADS ? 16 : 0);
+        }
         // What lies further on in the caches is finite, and gets no weight.
-        load_keys(keys, latent_cache, latent_scales, rope_cache, first, cached, false);
+        load_keys(held.keys[0], latent_cache, latent_scales, rope_cache, first, cached, false);
     }
     copy_commit();
     copy_wait<0>();
     __syncthreads();
     const size_t at = (size_t(row) * chunks + chunk) * HEADS;
-    if (seen > 0) attend_chunk(keys, mine, weights, scores, scale, seen, head0, outputs + at * RANK, shares + at);
+    if (any) attend_chunk(held, rows, scale, seen, head0, outputs + at * RANK, shares + at, chunks);
     finish_turn(turn);
 }
 
@@ -305,7 +324,7 @@ constexpr int MOST_CHUNKS = 128;
 using Mixed = Slice<RANK, COMBINE_WARPS>;
 
 // Block (head, part of its values), row. values half tiles [HEADS, VALUE / 16, RANK / 64]; out half [rows, HEADS * VALUE].
-extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 : 2)
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 : 3)
     combine(const u16* outputs, const Share* shares, const uint4* values, const int* cursor, u16* out, int chunks,
             TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
@@ -315,6 +334,16 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 
     const int count = (*cursor + row) / CHUNK + 1;
     // Weights of few tiles are asked for at once; many would leave no registers to the merging of another block beside.
     constexpr bool EARLY = COMBINE_TILES == 1;
+    // Two wait in shared memory.
+    constexpr bool LANDED = COMBINE_TILES == 2 && Mixed::STEPS == 1 && RANK % (COMBINE_WARPS * TILE_INPUTS) == 0;
+    __shared__ uint4 landing[LANDED ? COMBINE_WARPS : 1][LANDED ? COMBINE_TILES : 1][4][32];
+    if (LANDED) {
+#pragma unroll
+        for (int i = 0; i < 4 * COMBINE_TILES; ++i)
+            copy_async(&landing[warp_id()][i >> 2][i & 3][lane_id()],
+                       values + (size_t((head * VALUE_TILES + tile0 + (i >> 2)) * Mixed::GROUPS + warp_id()) * 4 + (i & 3)) * 32 + lane_id());
+        copy_commit();
+    }
     HalfWeight weight[Mixed::STEPS][COMBINE_TILES];
     auto load = [&](int step) {
 #pragma unroll
@@ -333,8 +362,13 @@ extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS, RANK < 512 ? 1 
         const Merged mean = merge_chunks<MOST_CHUNKS>(
             shares + at, HEADS, outputs + at * RANK + Mixed::group(step) * TILE_INPUTS, HEADS * RANK, count, merging[warp_id()]);
         if (lane_id() < 8) *reinterpret_cast<uint4*>(mixed[warp_id()] + step * TILE_INPUTS + 8 * lane_id()) = merged_halves(mean);
-        if (!EARLY) load(step);
+        if (!EARLY && !LANDED) load(step);
+        if (LANDED) copy_wait<0>();
         __syncwarp();
+        if (LANDED) {
+#pragma unroll
+            for (int i = 0; i < 4 * COMBINE_TILES; ++i) weight[0][i >> 2].steps[i & 3] = landing[warp_id()][i >> 2][i & 3][lane_id()];
+        }
         const Activation x = load_activation(mixed[warp_id()], Mixed::STRIDE, step, lane_id() < 4);
 #pragma unroll
         for (int r = 0; r < COMBINE_TILES; ++r) weight[step][r].multiply(sum[r], x);

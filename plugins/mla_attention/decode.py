@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtvlm.plugins.cuda.ahead import BLOCKS, NOTHING, Ahead
+from trtvlm.plugins.cuda.ahead import NOTHING, Ahead
 from trtvlm.plugins.cuda.launch import defines, kernel
 from trtvlm.plugins.cuda.tiles import half_tiles
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
@@ -105,9 +105,10 @@ def mla_decode(
     w = weights
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
     combine_tiles = tiles_of_values(w.value, w.heads, rows)
+    together = rows_of_a_block(rows)
     macros = defines(
         HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank, COMBINE_TILES=combine_tiles,
-        INT8_LATENT=int(scales is not None),
+        ATTEND_ROWS=together, INT8_LATENT=int(scales is not None),
     )  # fmt: skip
     tiles = -(-rows // COLUMNS)
     append_blocks = 1 + -(-(w.heads + 1) * (w.rope // 2) // _PAIRS)
@@ -133,22 +134,30 @@ def mla_decode(
         rope_cache,
         rows,
     )
-    stride = w.rank + w.rope + 8
-    shared = 2 * ((CHUNK + 16) * stride + 16 * (CHUNK + 8)) + 4 * _SCORE_PARTS * 16 * (CHUNK + 4)
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
     room = min(chunks, -(-span // CHUNK))
     heads16 = -(-w.heads // 16)
-    extra = BLOCKS if coming.count and turns is None else 0
+    extra = int(coming.count > 0 and turns is None)
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room + extra, heads16, rows), 32 * _ATTEND_WARPS,
-        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, room,
-        coming.pieces, coming.count, shared=shared,
+        turns, kernel(SOURCE, "attend", macros), (room, heads16, -(-rows // together) + extra), 32 * _ATTEND_WARPS,
+        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, rows,
+        coming.pieces, coming.count, shared=attend_bytes(w.rank + w.rope, together),
     )  # fmt: skip
     launch_in_turn(
         turns, kernel(SOURCE, "combine", macros), (w.heads * (w.value // 16 // combine_tiles), rows),
         32 * _COMBINE_WARPS, outputs, shares, w.values, cursor, out,
         chunks,
     )  # fmt: skip
+
+
+def rows_of_a_block(rows: int) -> int:
+    """Rows that a block of `attend` loads keys for: few are faster apart; no result depends on it."""
+    return 2 if rows > 2 else 1
+
+
+def attend_bytes(key: int, rows: int) -> int:
+    """Dynamic shared memory of a block of `attend`: `Chunk` of decode.cu, for keys of `key` values."""
+    return 2 * ((CHUNK + 16 * rows) * (key + 8) + 16 * rows * (CHUNK + 8)) + 4 * rows * _SCORE_PARTS * 16 * (CHUNK + 4)
 
 
 def tiles_of_values(value: int, heads: int, rows: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trtvlm.model.cache_kind import CacheKind
 from trtvlm.model.config import LanguageConfig
+from trtvlm.plugins.int4_linear.decode import COLUMNS
 from trtvlm.plugins.quantized_checkpoint import Kind
 from trtvlm.plugins.step_bytes import CACHE, EMBEDDING, moved_bytes
 from trtvlm.runtime.cuda.measure import Launch
@@ -53,6 +54,8 @@ def _kernel_of(config: LanguageConfig, name: str, rows: int) -> str:
         return "route_row" if first else "experts_row"
     if first:
         return "route"
+    if rows <= COLUMNS:  # `int4_moe/rows.cu`
+        return "experts_rows"
     return "experts_down" if part.startswith(("mlp.proj.", "mlp.shared_expert.proj.")) else "experts_up"
 
 

@@ -195,13 +195,14 @@ def test_experts_of_a_row_do_not_depend_on_the_others(monkeypatch: pytest.Monkey
     moe.test_a_row_does_not_depend_on_the_others("nano")
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("model", ["nano", "nano-draft"])
-def test_experts_of_a_row_wait_for_blocks_before_them_only(model: str) -> None:
+def test_experts_wait_for_blocks_before_them_only(model: str, rows: int) -> None:
     # However little room there is: blocks are given out in order.
     layer = moe.make(language_size(model))
-    residual = moe.residuals(layer, 1)
+    residual = moe.residuals(layer, rows)
     with emulated(Schedule(resident=1)):
-        out, _ = layer.run(residual, 1)
+        out, _ = layer.run(residual, rows)
     moe.assert_close(out, residual, layer.expected(residual))
 
 

@@ -48,7 +48,7 @@ DEVICE uint4 load_now(const u16* address) {
 // turns with the chunks, and all get the result. `shares` [chunks][share_stride]; `weights`: room for MOST floats of this warp's.
 template <int MOST>
 DEVICE Merged merge_chunks(const Share* shares, int share_stride, const u16* outputs, int stride, int chunks, float* weights) {
-    constexpr int HELD = MOST / 32, BATCH = 16;  // a batch is 64 chunks
+    constexpr int HELD = MOST / 32, BATCH = 9;  // a batch is 36 chunks
     const int lane = lane_id(), quarter = lane >> 3;
     uint4 value[BATCH];
     // Past the last chunk it is that one again, with no weight.

@@ -1,0 +1,36 @@
+// The experts of 2 to 8 activation rows in one launch, after `route` of decode.cu: a lone row's experts_row (row.cu) with up to SLOTS of the
+// rows that chose an expert side by side. What each group of a row's hidden values gives is put down, and added up in the same order.
+// Macros: as decode.cu's.
+#define SLOTS 4
+#include "int4_moe/row_merge.cuh"
+#include "int4_moe/rows_part.cuh"
+
+// Blocks of the chosen experts come first, parts of entry 0 of the work list, of entry 1 ..., as many as there can be; the others add
+// up, MERGE_BLOCKS for each SLOTS rows. They wait for blocks of their own launch, which always find room: blocks are given out in order.
+// first: of the blocks, those that find the work list for themselves.
+extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
+    experts_rows(const char* inputs, const float* input_scales, const float* logits, const float* bias, int* work, int first,
+                 const uint4* up_codes, const u32* up_scales, const u16* next_scale, const uint4* down_codes, const u32* down_scales,
+                 float* given, const uint4* shared_codes, const u32* shared_scales, const u16* shared_hidden, float* residual,
+                 float* square_sums, Done* done, int rows, TurnCounters* turns, int index, int before) {
+    extern __shared__ uint4 shared[];
+    const Turn turn = {turns, index, before};
+    const int merging = (rows + SLOTS - 1) / SLOTS * MERGE_BLOCKS, routed = int(gridDim.x) - merging, block = blockIdx.x;
+    if (block < routed) {
+        await_turn(turn);
+        const int at = block / DOWN_GROUPS;
+        const Listed listed = find_entry(at, logits, bias, work, done, rows, block < first);
+        if (at < listed.count)
+            routed_part(*reinterpret_cast<Routed*>(shared), listed.mine, block - at * DOWN_GROUPS, inputs, input_scales, up_codes, up_scales,
+                        next_scale, down_codes, down_scales, given);
+        count_done(&done->routed);
+        return;
+    }
+    const int row0 = (block - routed) / MERGE_BLOCKS * SLOTS;
+    const Given all = {given + size_t(row0) * TOP_K * DOWN_GROUPS * HIDDEN, logits + row0 * EXPERTS, bias, shared_codes, shared_scales,
+                       shared_hidden + size_t(row0) * SHARED, routed, 0};
+    merge_part(*reinterpret_cast<Merge*>(shared), (block - routed) % MERGE_BLOCKS, smaller(SLOTS, rows - row0), all,
+               residual + size_t(row0) * HIDDEN, square_sums + row0 * (HIDDEN / 16), done, turn);
+    finish_turn(turn);
+    if (threadIdx.x == 0 && atomicAdd(&done->merged, 1u) == u32(merging) - 1) *done = Done{};
+}
