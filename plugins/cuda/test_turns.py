@@ -154,6 +154,40 @@ def test_the_order_that_kernels_rely_on(overlapping: list[bool]) -> None:
     assert queues.ends[0] == {BEFORE, *range(len(overlapping))}
 
 
+class Sized(Recorded):
+    """A kernel that takes shared memory, and notes how much."""
+
+    def __call__(
+        self, grid: tuple[int, ...], block: int, *arguments: Tensor | int | float | None, shared: int = 0
+    ) -> None:
+        super().__call__(grid, block, *arguments, shared=shared)
+        self.told.append((shared, 0))
+
+    def use(self, block: int, shared: int = 0) -> Use:
+        return Use.of(0, block, shared)
+
+    @property
+    def overlapping(self) -> Sized:
+        twin = Sized(self.queues, self.large, overlaps=True)
+        twin.told = self.told
+        return twin
+
+
+@given(st.integers(1, 200), st.integers(0, 99 << 10), st.sampled_from([100, 164, 228]))
+def test_blocks_that_stand_apart(blocks: int, shared: int, kilobytes: int) -> None:
+    room = Multiprocessor(0, 2048, kilobytes << 10, 32)
+    launch = Sized(RecordedQueues(), large=False)
+    turns = Turns(1, "cpu", launch.queues, Device(MULTIPROCESSORS, room))
+    launch_in_turn(turns, launch, (blocks,), 32, shared=shared, apart=True)
+    given_shared = launch.told[-1][0]
+    if blocks > MULTIPROCESSORS:
+        assert given_shared == shared
+    else:
+        assert given_shared >= shared
+        assert room.fits(launch.use(32, given_shared)) == room.fits(launch.use(32, shared))
+        assert not room.beside(launch.use(32, given_shared)).fits(launch.use(32, given_shared))
+
+
 def test_a_step_begins_anew() -> None:
     queues = RecordedQueues()
     turns = Turns(4, "cpu", queues, ROOM)

@@ -51,7 +51,7 @@ def rows_bytes(weights: MoEWeights) -> int:
 
 
 def _at_once(tensor: Tensor) -> int:
-    """How many blocks are there from the start, two to a multiprocessor."""
+    """How many blocks are there from the start, two to a multiprocessor; a few where kernels are emulated."""
     if not tensor.is_cuda:
         return 4
     count: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
