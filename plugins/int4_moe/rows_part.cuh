@@ -5,7 +5,7 @@
 constexpr int MOST_PARTS = MOST_LISTED<SLOTS>;  // entries of the work list
 
 // The work list in memory, int32: how many entries; then of each its expert, rows and slots, as `Entry` has them.
-constexpr int LISTED_ENTRIES = 4, LISTED_WORDS = LISTED_ENTRIES + 3 * MOST_PARTS;
+constexpr int LISTED_ENTRIES = 4;
 
 struct Listed {
     Entry mine;
