@@ -126,4 +126,10 @@ def test_experts_of_a_lone_row(model: str, arch: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_experts_of_several_rows(model: str, arch: str) -> None:
     layer = experts(language_size(model))
-    check(moe_rows.SOURCE, dict(layer.macros), arch, 32 * moe_row.EXPERT_WARPS, moe_rows.rows_bytes(layer))
+    check(
+        moe_rows.SOURCE,
+        dict(layer.macros),
+        arch,
+        32 * moe_row.EXPERT_WARPS,
+        moe_row.expert_bytes(layer, moe_rows.SLOTS),
+    )

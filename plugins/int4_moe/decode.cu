@@ -8,11 +8,6 @@
 #include "int4_moe/router.cuh"
 #include "int4_linear/weights.cuh"
 
-// The work list of a tile of rows, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each
-// row has it in, 4 bits a row.
-constexpr int WORK_EXPERT = 1, WORK_ROWS = 1 + MOST_ENTRIES, WORK_SLOTS = 1 + 2 * MOST_ENTRIES;
-constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
-
 // ---- the shared expert's first half -----------------------------------------------------------------------------
 
 #if SHARED
@@ -131,15 +126,8 @@ static_assert(EXPERTS <= 32 * BLOCK_WARPS, "a thread an expert");
 // One block: the work list and the experts' weights [rows, TOP_K] for experts_down.
 DEVICE void tell(const float* logits, const float* bias, float* weights, int* work, int (*chosen)[TOP_K], Entry* entries,
                  int* counts, int rows) {
-    for (int row = warp_id(); row < rows; row += BLOCK_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
-    __syncthreads();
-    const int count = list_work<BLOCK_WARPS>(chosen, rows, entries, counts);
-    if (threadIdx.x == 0) work[0] = count;
-    for (int i = threadIdx.x; i < count; i += 32 * BLOCK_WARPS) {
-        work[WORK_EXPERT + i] = entries[i].expert;
-        work[WORK_ROWS + i] = int(entries[i].rows);
-        work[WORK_SLOTS + i] = int(entries[i].slots);
-    }
+    const int count = list_work<BLOCK_WARPS>(logits, bias, rows, chosen, entries, counts);
+    write_work<BLOCK_WARPS>(work, entries, count);
     for (int row = warp_id(); row < rows; row += BLOCK_WARPS) weigh_experts(logits + row * EXPERTS, chosen[row], weights + row * TOP_K);
 }
 
@@ -242,9 +230,7 @@ extern "C" __global__ void __launch_bounds__(32 * BLOCK_WARPS, 2)
             // Every warp finds its block's expert for itself, and waits for nobody.
             entry.expert = choose_experts(logits, bias, nullptr, at + 1);
         } else {
-            for (int row = warp_id(); row < rows; row += BLOCK_WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
-            __syncthreads();
-            count = list_work<BLOCK_WARPS>(chosen, rows, entries, counts);
+            count = list_work<BLOCK_WARPS>(logits, bias, rows, chosen, entries, counts);
             entry = entries[smaller(at, MOST_ENTRIES - 1)];
         }
         if (at < count)
@@ -316,8 +302,7 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_BLOCK_WARPS, 16 / DOWN_BL
     // Asked for at once: how much there is, and this warp's first entry (what lies past the count is not used).
     const int count = work[0], units = SHARED_PARTS + count;
     const int mine = smaller(larger(warp_id() - SHARED_PARTS, 0), MOST_ENTRIES - 1);
-    int expert = work[WORK_EXPERT + mine];
-    u32 mask = u32(work[WORK_ROWS + mine]), slots = u32(work[WORK_SLOTS + mine]);
+    Entry entry = read_work(work, mine);
     for (int unit = warp_id(); unit < units; unit += DOWN_BLOCK_WARPS) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
         if (unit < SHARED_PARTS) {
@@ -330,18 +315,14 @@ extern "C" __global__ void __launch_bounds__(32 * DOWN_BLOCK_WARPS, 16 / DOWN_BL
             for (int i = 0; i < 4; ++i) shared_sum[unit][column + (i & 1)][g + 8 * (i >> 1)] = sum[i];
             continue;
         }
-        const int entry = unit - SHARED_PARTS;
-        if (entry != mine) {
-            expert = work[WORK_EXPERT + entry];
-            mask = u32(work[WORK_ROWS + entry]), slots = u32(work[WORK_SLOTS + entry]);
-        }
-        auto group_of = [&](int row) { return ((row0 + row) * TOP_K + int(slots >> (4 * row) & 15)) * DOWN_GROUPS; };
+        if (unit - SHARED_PARTS != mine) entry = read_work(work, unit - SHARED_PARTS);
+        auto group_of = [&](int row) { return ((row0 + row) * TOP_K + int(entry.slots >> (4 * row) & 15)) * DOWN_GROUPS; };
         const float* x_scales[2] = {hidden_scales + group_of(columns[0]), hidden_scales + group_of(columns[1])};
-        down_unit(sum, codes, scales, (expert * TILES + tile) * DOWN_GROUPS, hidden + size_t(group_of(in_row)) * GROUP_BYTES, x_scales);
+        down_unit(sum, codes, scales, (entry.expert * TILES + tile) * DOWN_GROUPS, hidden + size_t(group_of(in_row)) * GROUP_BYTES, x_scales);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int c = column + (i & 1);
-            if (mask >> c & 1) routed[c][slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
+            if (entry.rows >> c & 1) routed[c][entry.slots >> (4 * c) & 15][g + 8 * (i >> 1)] = sum[i];
         }
     }
     __syncthreads();

@@ -108,7 +108,7 @@ class MoEWorkspace:
         return cls(
             torch.empty(rows, experts, device=device),
             torch.empty(rows, k, device=device),
-            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, experts), dtype=torch.int32, device=device),
+            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, 2 * experts), dtype=torch.int32, device=device),
             torch.empty(tiles * COLUMNS, hidden, dtype=torch.half, device=device),
             torch.empty(tiles, hidden // 64, COLUMNS, device=device),
             torch.empty(rows, k, weights.width, dtype=torch.half, device=device),
@@ -122,22 +122,20 @@ class MoEWorkspace:
 class DecodeWorkspace(MoEWorkspace):
     """The same for `moe_decode`, which has kernels of its own for up to 8 rows.
 
-    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. listed int32: the work list of
-    rows.cu. done: counters, 0 between layers.
+    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. done: counters, 0 between layers.
     """
 
     given: Tensor
-    listed: Tensor
     done: Tensor
 
     @classmethod
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> DecodeWorkspace:
         """As in `MoEWorkspace`."""
-        (experts, hidden), k = weights.router.shape, weights.routing.top_k
         return cls(
             **vars(MoEWorkspace.allocate(weights, rows, device)),
-            given=torch.empty(min(rows, COLUMNS), k, weights.width // 64, hidden, device=device),
-            listed=torch.empty(4 + 3 * min(COLUMNS * k, 2 * experts), dtype=torch.int32, device=device),
+            given=torch.empty(
+                min(rows, COLUMNS), weights.routing.top_k, weights.width // 64, weights.router.shape[1], device=device
+            ),
             done=torch.zeros(4, dtype=torch.int32, device=device),
         )
 

@@ -3,7 +3,6 @@
 #pragma once
 #include "int4_linear/slice.cuh"
 
-constexpr int MOST_ENTRIES = COLUMNS * TOP_K < EXPERTS ? COLUMNS * TOP_K : EXPERTS;
 constexpr int QUADS = HIDDEN / 4;                  // float4 of a row
 constexpr int LANE_EXPERTS = (EXPERTS + 31) / 32;  // logits a lane holds
 constexpr u32 ALL = 0xffffffffu;
@@ -146,15 +145,17 @@ struct Entry {
     u32 rows, slots;
 };
 
-// Entries of a work list if an expert has one for each MOST of its rows.
-template <int MOST>
-constexpr int MOST_LISTED = COLUMNS * TOP_K < EXPERTS * ((COLUMNS + MOST - 1) / MOST) ? COLUMNS * TOP_K : EXPERTS * ((COLUMNS + MOST - 1) / MOST);
+// Entries of a work list at most, if an expert is there once, or twice.
+constexpr int MOST_ENTRIES = COLUMNS * TOP_K < EXPERTS ? COLUMNS * TOP_K : EXPERTS;
+constexpr int MOST_TWICE = COLUMNS * TOP_K < 2 * EXPERTS ? COLUMNS * TOP_K : 2 * EXPERTS;
 
-// The whole block of at least EXPERTS threads: which experts the rows chose, in order, with their rows and slots; how many. An expert
-// of more than MOST rows is there twice, with its first MOST rows and with the others.
+// The whole block of at least EXPERTS threads: the experts each row chooses, to `chosen`, and a list of them in order, with their rows and
+// slots; how many. An expert of more than MOST rows is there twice, with its first MOST rows and with the others.
 template <int WARPS, int MOST = COLUMNS>
-DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* counts) {
+DEVICE int list_work(const float* logits, const float* bias, int rows, int (*chosen)[TOP_K], Entry* entries, int* counts) {
     static_assert(2 * MOST >= COLUMNS, "an expert is there twice at most");
+    for (int row = warp_id(); row < rows; row += WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+    __syncthreads();
     const int expert = threadIdx.x;
     u32 mask = 0, slots = 0;
     if (expert < EXPERTS) {
@@ -182,4 +183,24 @@ DEVICE int list_work(const int (*chosen)[TOP_K], int rows, Entry* entries, int* 
     if (others) entries[entry + 1] = Entry{expert, others, slots};
     __syncthreads();
     return total;
+}
+
+// A tile of rows' work list in memory, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each row has it
+// in, 4 bits a row.
+constexpr int WORK_SIZE = 1 + 3 * MOST_TWICE;
+
+// The whole block.
+template <int WARPS>
+DEVICE void write_work(int* work, const Entry* entries, int count) {
+    if (threadIdx.x == 0) work[0] = count;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += 32 * WARPS) {
+        int* to = work + 1 + 3 * i;
+        to[0] = entries[i].expert, to[1] = int(entries[i].rows), to[2] = int(entries[i].slots);
+    }
+}
+
+DEVICE Entry read_work(const int* work, int entry) {
+    const int* from = work + 1 + 3 * entry;
+    return {from[0], u32(from[1]), u32(from[2])};
 }

@@ -10,9 +10,9 @@ from trtvlm.plugins.int4_linear.decode import Norm
 from trtvlm.plugins.int4_moe.layer import ROUTE_WARPS, DecodeWorkspace, MoEWeights, parts, router_blocks
 
 SOURCE = "int4_moe/row.cu"
-EXPERT_WARPS = 16
+EXPERT_WARPS, MERGED = 16, 32  # of a block: warps; outputs, if it adds up
 _INPUT_VALUES = 1024  # INPUT_QUADS of row.cu
-SLICES, TILE = 4, 512 + 32  # UP_WARPS; bytes of a tile's codes and scales
+_SLICES, _TILE = 4, 512 + 32  # UP_WARPS; bytes of a tile's codes and scales
 
 
 def decode_row(
@@ -33,7 +33,7 @@ def decode_row(
         workspace.inputs, workspace.input_scales, fc_scale, fc_codes, fc_scales, proj_scale, workspace.shared, workspace.done,
         shared_blocks, shared=route_bytes(hidden), counted=routing, apart=True,
     )  # fmt: skip
-    routed, summing = weights.width // 64 * weights.routing.top_k, hidden // 32
+    routed, summing = weights.width // 64 * weights.routing.top_k, hidden // MERGED
     launch_in_turn(
         turns, kernel(SOURCE, "experts_row", weights.macros), (routed + summing,), 32 * EXPERT_WARPS,
         workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias, weights.fc.codes, weights.fc.scales,
@@ -44,14 +44,15 @@ def decode_row(
 
 def route_bytes(hidden: int) -> int:
     """Dynamic shared memory of a block of `route_row`: `SharedUp` of row_shared.cuh."""
-    steps = -(-hidden // 64 // SLICES)
-    return ROUTE_WARPS * 2 * steps * TILE + SLICES * steps * (128 + 4) + 2 * ROUTE_WARPS * 2 * 64
+    steps = -(-hidden // 64 // _SLICES)
+    return ROUTE_WARPS * 2 * steps * _TILE + _SLICES * steps * (128 + 4) + 2 * ROUTE_WARPS * 2 * 64
 
 
-def expert_bytes(weights: MoEWeights) -> int:
-    """Dynamic shared memory of a block of `experts_row`: the larger of `Routed` (row_routed.cuh) and `Merge` (row_merge.cuh)."""
+def expert_bytes(weights: MoEWeights, slots: int = 1) -> int:
+    """Dynamic shared memory of a block of experts for `slots` rows: the larger of `Routed` and `Merge` (row_*.cuh)."""
     hidden, top_k, groups = weights.router.shape[1], weights.routing.top_k, max(1, weights.shared_width // 64)
-    slices = SLICES * -(-hidden // 64 // SLICES)
-    routed = hidden // 16 * TILE + slices * (128 + 4) + 2 * 128 + 4 * SLICES * 2 * 64 + 8
-    merge = groups * (2 * TILE + 128 + 4) + weights.units * 2 * 128 + 2 * 4 * top_k
+    slices = _SLICES * -(-hidden // 64 // _SLICES)
+    inputs = 128 * slices if slots == 1 else 0  # several rows' lie where some of the tiles come
+    routed = hidden // 16 * _TILE + inputs + slots * (4 * slices + 128 + 4 * _SLICES * 2 * 64 + 4) + 128 + 4
+    merge = groups * (2 * _TILE + slots * (128 + 4)) + slots * (weights.units * 2 * 4 * MERGED + 2 * 4 * top_k)
     return -(-max(routed, merge) // 16) * 16

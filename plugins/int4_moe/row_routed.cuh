@@ -13,7 +13,7 @@ using Inputs = char[SLOTS][UP_WARPS][Up::STEPS * GROUP_BYTES];
 constexpr int LATE_TILES = SLOTS == 1 ? 0 : smaller(DOWN_TILES, (int(sizeof(Inputs)) + 511) / 512), EARLY_TILES = DOWN_TILES - LATE_TILES;
 
 struct Routed {
-    uint4 down[larger(EARLY_TILES, 1)][32];  // all of DOWN_TILES with what is in the union
+    uint4 down[EARLY_TILES][32];  // all of DOWN_TILES with what is in the union
     union {
         uint4 late[larger(LATE_TILES, 1)][32];
         Inputs inputs;

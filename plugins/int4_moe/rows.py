@@ -9,11 +9,10 @@ from trtvlm.plugins.cuda.launch import kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
 from trtvlm.plugins.int4_linear.decode import COLUMNS
 from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, parts
-from trtvlm.plugins.int4_moe.row import EXPERT_WARPS, SLICES, TILE
+from trtvlm.plugins.int4_moe.row import EXPERT_WARPS, MERGED, expert_bytes
 
 SOURCE = "int4_moe/rows.cu"
 SLOTS = 4
-_MERGED = 32  # outputs of a block that adds up
 
 
 def experts_rows(
@@ -28,26 +27,15 @@ def experts_rows(
     experts, hidden = weights.router.shape
     groups = weights.width // 64
     entries = min(rows * weights.routing.top_k, experts * (1 if rows <= SLOTS else COLUMNS // SLOTS))
-    routed, summing = groups * entries, -(-rows // SLOTS) * (hidden // _MERGED)
+    routed, summing = groups * entries, -(-rows // SLOTS) * (hidden // MERGED)
     _, proj_codes, proj_scales = parts(weights.shared_proj)
     launch_in_turn(
         turns, kernel(SOURCE, "experts_rows", weights.macros), (routed + summing,), 32 * EXPERT_WARPS,
-        workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias, workspace.listed, _at_once(residual),
+        workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias, workspace.work, _at_once(residual),
         weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, weights.proj.codes, weights.proj.scales,
         workspace.given, proj_codes, proj_scales, workspace.shared, residual, square_sums, workspace.done, rows,
-        shared=rows_bytes(weights), counted=summing,
+        shared=expert_bytes(weights, SLOTS), counted=summing,
     )  # fmt: skip
-
-
-def rows_bytes(weights: MoEWeights) -> int:
-    """Dynamic shared memory of a block: the larger of `Routed` (row_routed.cuh) and `Merge` (row_merge.cuh) with SLOTS rows."""
-    hidden, top_k, groups = weights.router.shape[1], weights.routing.top_k, max(1, weights.shared_width // 64)
-    steps = SLICES * -(-hidden // 64 // SLICES)
-    late = -(-SLOTS * steps * 128 // 512)
-    routed = max(hidden // 16, late) * 512 + hidden // 16 * 32 + SLOTS * 128 + 128 + 4 * SLOTS * steps
-    routed += 4 * SLICES * 2 * SLOTS * 64 + 4 * SLOTS + 4
-    merge = 2 * groups * TILE + SLOTS * groups * 132 + weights.units * 2 * SLOTS * 128 + 2 * 4 * SLOTS * top_k
-    return -(-max(routed, merge) // 16) * 16
 
 
 def _at_once(tensor: Tensor) -> int:

@@ -2,11 +2,6 @@
 #pragma once
 #include "int4_moe/row_routed.cuh"
 
-constexpr int MOST_PARTS = MOST_LISTED<SLOTS>;  // entries of the work list
-
-// The work list in memory, int32: how many entries; then of each its expert, rows and slots, as `Entry` has them.
-constexpr int LISTED_ENTRIES = 4;
-
 struct Listed {
     Entry mine;
     int count, known;
@@ -15,29 +10,19 @@ struct Listed {
 // Entry `at` of the work list, or none: what block 0 has told, or, for the first blocks, which would wait longer for it, found here.
 DEVICE Listed find_entry(int at, const float* logits, const float* bias, int* work, Done* done, int rows, bool first) {
     __shared__ int chosen[COLUMNS][TOP_K], counts[ROW_WARPS];
-    __shared__ Entry entries[MOST_PARTS];
+    __shared__ Entry entries[MOST_TWICE];
     __shared__ Listed listed;
     if (!first) {
         if (threadIdx.x == 0) {
             listed.known = int(load_acquire(&done->listed));
-            if (listed.known) {
-                const int* from = work + LISTED_ENTRIES + 3 * at;
-                listed.count = work[0], listed.mine = Entry{from[0], u32(from[1]), u32(from[2])};
-            }
+            if (listed.known) listed.count = work[0], listed.mine = read_work(work, at);
         }
         __syncthreads();
         if (listed.known) return listed;
     }
-    if (warp_id() < rows) choose_experts(logits + warp_id() * EXPERTS, bias, chosen[warp_id()], TOP_K);
-    __syncthreads();
-    const int count = list_work<ROW_WARPS, SLOTS>(chosen, rows, entries, counts);
+    const int count = list_work<ROW_WARPS, SLOTS>(logits, bias, rows, chosen, entries, counts);
     if (blockIdx.x == 0) {
-        if (threadIdx.x == 0) work[0] = count;
-        if (threadIdx.x < count) {
-            int* to = work + LISTED_ENTRIES + 3 * threadIdx.x;
-            const Entry& entry = entries[threadIdx.x];
-            to[0] = entry.expert, to[1] = int(entry.rows), to[2] = int(entry.slots);
-        }
+        write_work<ROW_WARPS>(work, entries, count);
         count_done(&done->listed);
     }
     return Listed{entries[smaller(at, count - 1)], count, 1};
