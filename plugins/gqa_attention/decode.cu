@@ -97,16 +97,17 @@ DEVICE void attend_chunk(const u16* keys, const u16* values, u16* mine, float* s
     }
 }
 
-// Block (chunk, key head, tile of rows); a plane of blocks past the rows' (`planes`) fetches ahead. q half [rows,
+// Block (chunk, key head, tile of rows); a plane of blocks past the rows' fetches ahead. q half [rows,
 // HEADS * WIDTH], k and v half [rows, KV_HEADS * WIDTH], their rows a stride apart, caches half [KV_HEADS, span, WIDTH],
 // tables float [positions, WIDTH / 2]; outputs half [rows, chunks, HEADS, WIDTH], shares [rows, chunks, HEADS].
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const u16* q, int q_stride, const u16* k, const u16* v, int kv_stride, const float* cosines,
            const float* sines, const int* cursor, float scale, u16* key_cache,
-           u16* value_cache, int span, u16* outputs, Share* shares, int chunks, int all_rows, int planes, const u64* ahead,
+           u16* value_cache, int span, u16* outputs, Share* shares, int chunks, int all_rows, const u64* ahead,
            int ahead_count, TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
-    if (int(blockIdx.z) >= planes) {  // of launches that do not overlap
+    const int row0 = blockIdx.z * ROWS;
+    if (row0 >= all_rows) {  // of launches that do not overlap
         fetch_ahead(ahead, ahead_count, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
         return;
     }
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // The queries are done with when the weights come.
     __shared__ __align__(16) u16 mine[16 * (STRIDE > WEIGHT_STRIDE ? STRIDE : WEIGHT_STRIDE)];
     __shared__ float scores[16 * SCORE_STRIDE];
-    const int chunk = blockIdx.x, kv_head = blockIdx.y, row0 = blockIdx.z * ROWS, first = chunk * CHUNK;
+    const int chunk = blockIdx.x, kv_head = blockIdx.y, first = chunk * CHUNK;
     const int rows = smaller(ROWS, all_rows - row0), start = *cursor;
     const bool any = first < start + row0 + rows;  // positions to attend to
     // What was cached before; the new positions come out of k and v, as nobody waits for who writes them to the cache.

@@ -75,7 +75,7 @@ def gqa_decode(
     launch_in_turn(
         turns, kernel(SOURCE, "attend", macros), (room, kv_heads, tiles + extra), 32 * _WARPS, q, q.stride(0), k, v,
         k.stride(0), *rope, cursor, scale, key_cache, value_cache, positions, workspace.outputs, workspace.shares, chunks,
-        rows, tiles, coming.pieces, coming.count,
+        rows, coming.pieces, coming.count,
     )  # fmt: skip
     units = rows * heads * -(-width // 64)
     launch_in_turn(
