@@ -83,10 +83,10 @@ def halves(program: DecodeProgram, model: Any, tokens: Tensor, kv_cache: CacheKi
     for index in range(len(model.model.layers)):
         program.launch_attention(index, cursor, 8, program.cache.max_len)
         found[f"{index} attention"] = error(program.residual[:8], expected[2 * index])
-        squares = program.residual[:8].square().unflatten(1, (-1, 16)).sum(-1)
-        found[f"{index} squares"] = error(program.square_sums[:8], squares)
         program.launch_mlp(index, 8)
         found[f"{index} mlp"] = error(program.residual[:8], expected[2 * index + 1])
+        squares = program.residual[:8].square().unflatten(1, (-1, 16)).sum(-1)
+        found[f"{index} squares"] = error(program.square_sums[:8], squares)
     return found
 
 

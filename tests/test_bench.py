@@ -170,9 +170,9 @@ def test_experts_bytes_by_hand() -> None:
     one = 2048 * 1408 * 0.53125
     found = kernel_bytes(config, "int8", 1, 1024)
     scales = 26 * 2 * 6 / 64
-    # Of one row: the shared expert, as wide as two, has its first half beside the router.
-    router = 26 * (4 * 64 * 2048 + 2 * 2048)
-    assert found["route_row"] == pytest.approx(router + 26 * 2 * 2 * one + 26 * 4 * 2048)
+    # Of one row: the shared expert, as wide as two, has its first half where attention's projection and the router are.
+    router, dense = 4 * 64 * 2048 + 2 * 2048, 2048 * 2048 * 0.53125 + 2 * 2048
+    assert found["dense_row"] == pytest.approx(26 * (router + dense + 2 * 2 * one + 4 * 2048))
     assert found["experts_row"] == pytest.approx(26 * (6 * 3 + 2) * one + scales * (2048 + 1408) + 26 * 2 * 2816)
     assert found["attend"] == 2 * 1025 * 27 * 576
     # Of several rows up to 8, all of an expert is in one launch.

@@ -61,7 +61,7 @@ def test_a_layer_of_one_row(model: str, arch: str, monkeypatch: pytest.MonkeyPat
         for path, name, macros in kernels_of_a_layer(model, monkeypatch)
     }
     names = {name for name, _ in sizes}
-    assert {"linear", "attend", "combine", "route_row", "experts_row"} <= names
+    assert {"linear", "attend", "combine", "dense_row", "experts_row"} <= names
     # When this was written: 89, 103 and 128 KB for sm_90.
     assert sum(sizes.values()) < 140_000, {name: size for (name, _), size in sizes.items()}
 

@@ -8,6 +8,7 @@ from trtvlm.model.sizes import SIZES, language_size
 from trtvlm.plugins.cuda.compiler import ARCHITECTURES, PLUGINS, SHARED_LIMIT, compile_source
 from trtvlm.plugins.cuda.launch import defines
 from trtvlm.plugins.int4_linear import decode as linear
+from trtvlm.plugins.int4_linear.decode import LinearWeight
 from trtvlm.plugins.int4_moe import decode as moe
 from trtvlm.plugins.int4_moe import row as moe_row
 from trtvlm.plugins.int4_moe import rows as moe_rows
@@ -97,7 +98,7 @@ def experts(config: LanguageConfig) -> MoEWeights:
     count, scoring = config.n_routed_experts or 0, config.scoring_func
     routing = Routing(config.num_experts_per_tok or 0, scoring, config.norm_topk_prob, config.routed_scaling_factor)
     return MoEWeights(
-        torch.empty(count, hidden, device="meta"), torch.empty(count) if scoring == "sigmoid" else None, routing,
+        torch.empty(hidden // 16, count, 16, device="meta"), torch.empty(count) if scoring == "sigmoid" else None, routing,
         tiles(2 * width, hidden, count), tiles(hidden, width, count),
         tiles(2 * shared * width, hidden), tiles(hidden, shared * width),
     )  # fmt: skip
@@ -107,7 +108,7 @@ def experts(config: LanguageConfig) -> MoEWeights:
 @pytest.mark.parametrize("model", MODELS)
 def test_experts(model: str, arch: str) -> None:
     layer = experts(language_size(model))
-    hidden = layer.router.shape[1]
+    hidden = layer.hidden
     route = linear.shared_bytes(hidden, 8, ROWS, tiles=2, staged=True)
     threads = {"route": 256, "fix_inputs": 256, "experts_up": 256, "experts_down": 32 * down_warps(hidden)}
     check(moe.SOURCE, dict(layer.macros), arch, threads, {"route": route, "experts_up": moe.up_bytes(hidden)})
@@ -117,9 +118,19 @@ def test_experts(model: str, arch: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_experts_of_a_lone_row(model: str, arch: str) -> None:
     layer = experts(language_size(model))
-    threads = {"route_row": 32 * ROUTE_WARPS, "experts_row": 32 * moe_row.EXPERT_WARPS}
-    shared = {"route_row": moe_row.route_bytes(layer.router.shape[1]), "experts_row": moe_row.expert_bytes(layer)}
-    check(moe_row.SOURCE, dict(layer.macros), arch, threads, shared)
+    shared = moe_row.expert_bytes(layer)
+    check(moe_row.EXPERTS_SOURCE, dict(layer.macros), arch, 32 * moe_row.EXPERT_WARPS, shared)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_the_projection_of_a_lone_row(model: str, arch: str, turns: int) -> None:
+    config = language_size(model)
+    inputs = config.num_attention_heads * config.value_head_dim
+    dense = LinearWeight(torch.empty(config.hidden_size // 16, inputs // 64), torch.empty(1), torch.empty(inputs))
+    values = moe_row.dense_macros(dense, experts(config), turns)
+    check(moe_row.DENSE_SOURCE, dict(values), arch, 32 * ROUTE_WARPS, moe_row.dense_bytes(values))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -53,11 +53,6 @@ DEVICE Activation load_direct(const u16* x, int group, bool present) {
     return out;
 }
 
-DEVICE void scale_by(uint4& x, const uint4& scale) {
-    x.x = half2_mul(x.x, scale.x), x.y = half2_mul(x.y, scale.y);
-    x.z = half2_mul(x.z, scale.z), x.w = half2_mul(x.w, scale.w);
-}
-
 // The tiles, or pairs of tiles, first .. first + COUNT - 1 of `count`.
 template <class Weight, int COUNT, bool SCALE>
 DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, int first, int count, int all_rows,
@@ -160,7 +155,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
 #pragma unroll
     for (int n = 0; n < PIECES; ++n) {
         if (!has_piece(n)) continue;
-        if (SCALE) scale_by(piece[n], factor[n]);
+        if (SCALE) half2_scale(piece[n], factor[n]);
         *reinterpret_cast<uint4*>(reinterpret_cast<u16*>(own) + 8 * piece_of(n)) = piece[n];
     }
     if (LANDED) copy_wait<0>();
@@ -174,8 +169,8 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
             if (STAGED) {
                 now = load_activation(reinterpret_cast<u16*>(own), Part::STRIDE, step, present);
             } else if (SCALE) {
-                scale_by(now.first, scale[step % DEPTH].first);
-                scale_by(now.second, scale[step % DEPTH].second);
+                half2_scale(now.first, scale[step % DEPTH].first);
+                half2_scale(now.second, scale[step % DEPTH].second);
             }
 #pragma unroll
             for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);

@@ -16,7 +16,7 @@ from trtvlm.plugins.cuda.tiles import int4_tiles
 from trtvlm.plugins.cuda.timing import time_graph
 from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm
 from trtvlm.plugins.int4_moe import decode
-from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
+from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles, router_tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
 from trtvlm.plugins.int4_moe.rows import experts_rows
 
@@ -59,7 +59,7 @@ def weights_of(
             _tiles(shared.proj, shared.proj_scales, shared.proj_pre),
         )
     return MoEWeights(
-        router, bias, routing, _tiles(experts.fc, experts.fc_scales, experts.fc_pre),
+        router_tiles(router), bias, routing, _tiles(experts.fc, experts.fc_scales, experts.fc_pre),
         _tiles(experts.proj, experts.proj_scales, experts.proj_pre), *beside,
     )  # fmt: skip
 
@@ -106,10 +106,8 @@ def bench(name: str) -> None:
             decode.experts_up(weights, workspace, rows)
             chosen += int(workspace.work[:, 0].sum())
             launches["layer"].append(
-                partial(decode.moe_decode, out, Norm(norm.weight, sums, EPS), weights, workspace, rows)
+                partial(decode.moe_decode, out, sums, Norm(norm.weight, sums, EPS), weights, workspace, rows)
             )
-            if rows == 1:  # two kernels that take turns (row.cu)
-                continue
             launches["route"].append(partial(decode.route, residual, norm, weights, workspace, rows))
             if rows <= COLUMNS:
                 launches["experts_rows"].append(partial(experts_rows, out, sums, weights, workspace, rows))

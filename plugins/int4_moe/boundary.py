@@ -30,7 +30,7 @@ class MoEBoundary:
         """From the checkpoint's tensors, on the device. ValueError: what the kernels do not take."""
         count, hidden = experts.fc.shape[0], experts.fc.shape[2]
         # The router is a product of the graph's own; here only its sizes are asked for.
-        router = torch.empty(count, hidden, device="meta")
+        router = torch.empty(hidden // 16, count, 16, device="meta")
         parts = [None, None] if shared is None else [_tiles(shared, "fc"), _tiles(shared, "proj")]
         return cls(MoEWeights(router, correction_bias, routing, _tiles(experts, "fc"), _tiles(experts, "proj"), *parts))
 
@@ -41,7 +41,7 @@ class MoEBoundary:
 
     @property
     def _pieces(self) -> list[Piece]:
-        hidden = self.weights.router.shape[1]
+        hidden = self.weights.hidden
         wanted = MoEWorkspace.allocate(self.weights, ROWS, "meta")
         return [
             Piece(torch.float32, (ROWS, hidden)),

@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
         if (quad < QUADS) {
             const uint2 halves = reinterpret_cast<const uint2*>(x + size_t(row0 + row) * HIDDEN)[quad];
             value = quad_of(halves.x, halves.y);
-            if (EXPERT_SCALED) scale_quad(value, scale, quad);
+            if (EXPERT_SCALED) scale_quad(value, reinterpret_cast<const uint2*>(scale)[quad]);
         }
         store_inputs(value, row, quad, inputs_of(inputs), scales_of(input_scales));
     }

@@ -17,7 +17,6 @@ from trtvlm.plugins.int4_moe.layer import (
     parts,
     router_blocks,
 )
-from trtvlm.plugins.int4_moe.row import decode_row
 from trtvlm.plugins.int4_moe.rows import experts_rows
 
 SOURCE = "int4_moe/decode.cu"
@@ -25,21 +24,24 @@ _BLOCK_WARPS = 8
 
 
 def moe_decode(
-    residual: Tensor, norm: Norm, weights: MoEWeights, workspace: DecodeWorkspace, rows: int, turns: Turns | None = None
+    residual: Tensor,
+    square_sums: Tensor,
+    norm: Norm,
+    weights: MoEWeights,
+    workspace: DecodeWorkspace,
+    rows: int,
+    turns: Turns | None = None,
 ) -> None:
-    """residual float32 [rows, hidden] += the layer of its norm, in place; norm.square_sums are renewed.
+    """residual float32 [rows, hidden] += the layer of its norm, in place; square_sums float32 [rows, hidden / 16] of it.
 
-    turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
+    square_sums may be norm.square_sums. turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
     """
-    if rows == 1:
-        decode_row(residual, norm, weights, workspace, turns)
-        return
     route(residual, norm, weights, workspace, rows, turns)
     if rows <= COLUMNS:
-        experts_rows(residual, norm.square_sums, weights, workspace, rows, turns)
+        experts_rows(residual, square_sums, weights, workspace, rows, turns)
         return
     experts_up(weights, workspace, rows, turns)
-    experts_down(residual, norm.square_sums, weights, workspace, rows, turns)
+    experts_down(residual, square_sums, weights, workspace, rows, turns)
 
 
 def route(
@@ -47,7 +49,7 @@ def route(
 ) -> None:
     """The router's product, the experts' inputs, and the shared expert up to its gated product."""
     check_rows(rows)
-    experts, hidden = weights.router.shape
+    experts, hidden = weights.experts, weights.hidden
     shared_tiles = weights.shared_width // 16
     blocks = router_blocks(experts, hidden) + shared_tiles
     grid = (blocks, -(-rows // COLUMNS))
@@ -75,14 +77,14 @@ def fix_inputs(x: Tensor, weights: MoEWeights, workspace: MoEWorkspace, rows: in
 def experts_up(weights: MoEWeights, workspace: MoEWorkspace, rows: int, turns: Turns | None = None) -> None:
     """Choose the experts, list the work, and run the chosen ones up to their gated products."""
     check_rows(rows)
-    experts, k = weights.router.shape[0], weights.routing.top_k
+    experts, k = weights.experts, weights.routing.top_k
     entries = min(min(rows, COLUMNS) * k, experts)
     launch_in_turn(
         turns, kernel(SOURCE, "experts_up", weights.macros), (1 + weights.width // 64, entries, -(-rows // COLUMNS)),
         32 * _BLOCK_WARPS, workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias,
         workspace.weights, workspace.work, weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale,
         workspace.hidden, workspace.hidden_scales, workspace.shared, workspace.shared_scales, rows,
-        shared=up_bytes(weights.router.shape[1]),
+        shared=up_bytes(weights.hidden),
     )  # fmt: skip
 
 

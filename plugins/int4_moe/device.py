@@ -71,7 +71,7 @@ def int4_moe(
     if rows <= MOST_ROWS:
         try:
             # The kernels read no router here: its shape is all that matters.
-            router = torch.empty(fc.codes.shape[0], x.shape[1], device="meta")
+            router = torch.empty(x.shape[1] // 16, fc.codes.shape[0], 16, device="meta")
             weights = MoEWeights(router, bias, _ungrouped(routing, bias), fc, proj, *beside)
         except ValueError:
             pass  # more experts, or groups: in parts, then

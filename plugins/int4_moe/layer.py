@@ -26,7 +26,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class MoEWeights:
-    """Router float32 [E, hidden], experts and shared expert; fc is [up; gate]. ValueError: what the kernels do not take."""
+    """Router float32 [hidden / 16, E, 16] (`router_tiles`), experts and shared expert; fc is [up; gate].
+
+    ValueError: what the kernels do not take.
+    """
 
     router: Tensor
     correction_bias: Tensor | None
@@ -37,7 +40,7 @@ class MoEWeights:
     shared_proj: Tiles | None = None
 
     def __post_init__(self) -> None:
-        experts, width = self.router.shape[0], self.width
+        experts, width = self.experts, self.width
         if experts > 128 or self.routing.top_k > 15:
             raise ValueError(f"the kernels route to at most 15 of 128 experts, not {self.routing.top_k} of {experts}")
         if self.correction_bias is not None and self.routing.scoring != "sigmoid":
@@ -48,6 +51,16 @@ class MoEWeights:
             raise ValueError(
                 f"the shared expert's width {self.shared_width} must be a multiple of the experts' {width}"
             )
+
+    @property
+    def experts(self) -> int:
+        """How many there are to choose from."""
+        return self.router.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return 16 * self.router.shape[0]
 
     @property
     def width(self) -> int:
@@ -74,11 +87,11 @@ class MoEWeights:
         """What the kernels are compiled for."""
         shared_scale = None if self.shared_fc is None else self.shared_fc.pre_quant_scale
         return defines(
-            HIDDEN=self.router.shape[1], WIDTH=self.width, EXPERTS=self.router.shape[0], TOP_K=self.routing.top_k,
+            HIDDEN=self.hidden, WIDTH=self.width, EXPERTS=self.experts, TOP_K=self.routing.top_k,
             SHARED=self.shared_width, SIGMOID=int(self.routing.scoring == "sigmoid"), NORMALISE=int(self.routing.normalise),
             SCALING=float(self.routing.scaling), BIASED=int(self.correction_bias is not None),
             EXPERT_SCALED=int(self.fc.pre_quant_scale is not None), SHARED_SCALED=int(shared_scale is not None),
-            DOWN_BLOCK_WARPS=down_warps(self.router.shape[1]),
+            DOWN_BLOCK_WARPS=down_warps(self.hidden),
         )  # fmt: skip
 
 
@@ -103,7 +116,7 @@ class MoEWorkspace:
     @classmethod
     def allocate(cls, weights: MoEWeights, rows: int, device: torch.device | str) -> MoEWorkspace:
         """Room for `rows` rows of layers like `weights`."""
-        experts, hidden = weights.router.shape
+        experts, hidden = weights.experts, weights.hidden
         k, tiles = weights.routing.top_k, -(-rows // COLUMNS)
         return cls(
             torch.empty(rows, experts, device=device),
@@ -122,10 +135,12 @@ class MoEWorkspace:
 class DecodeWorkspace(MoEWorkspace):
     """The same for `moe_decode`, which has kernels of its own for up to 8 rows.
 
-    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. done: counters, 0 between layers.
+    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. done: counters, and logit_sums int64 [E]:
+    of a lone row's logits, both 0 between layers.
     """
 
     given: Tensor
+    logit_sums: Tensor
     done: Tensor
 
     @classmethod
@@ -134,9 +149,10 @@ class DecodeWorkspace(MoEWorkspace):
         return cls(
             **vars(MoEWorkspace.allocate(weights, rows, device)),
             given=torch.empty(
-                min(rows, COLUMNS), weights.routing.top_k, weights.width // 64, weights.router.shape[1], device=device
+                min(rows, COLUMNS), weights.routing.top_k, weights.width // 64, weights.hidden, device=device
             ),
-            done=torch.zeros(4, dtype=torch.int32, device=device),
+            logit_sums=torch.zeros(weights.experts, dtype=torch.int64, device=device),
+            done=torch.zeros(5, dtype=torch.int32, device=device),
         )
 
 
@@ -145,9 +161,15 @@ def parts(tiles: Tiles | None) -> tuple[Tensor | None, Tensor | None, Tensor | N
     return (None, None, None) if tiles is None else (tiles.pre_quant_scale, tiles.codes, tiles.scales)
 
 
-def router_blocks(experts: int, hidden: int, values: int = INPUT_VALUES) -> int:
-    """Blocks that multiply with the router, and those that write what the experts read (router.cuh), `values` inputs each."""
-    return -(-experts // _ROUTER_EXPERTS) + -(-hidden // values)
+def router_tiles(router: Tensor) -> Tensor:
+    """float32 [E, hidden] -> [hidden / 16, E, 16], so that a block that has 16 values of the residual stream reads on."""
+    experts, hidden = router.shape
+    return router.view(experts, hidden // 16, 16).transpose(0, 1).contiguous()
+
+
+def router_blocks(experts: int, hidden: int) -> int:
+    """Blocks that multiply with the router, and those that write what the experts read (router.cuh)."""
+    return -(-experts // _ROUTER_EXPERTS) + -(-hidden // INPUT_VALUES)
 
 
 def down_warps(hidden: int) -> int:

@@ -2,6 +2,7 @@
 // Macros: HIDDEN, EXPERTS, TOP_K; SIGMOID, NORMALISE, SCALING, BIASED.
 #pragma once
 #include "int4_linear/slice.cuh"
+#include "int4_moe/logits.cuh"
 
 constexpr int QUADS = HIDDEN / 4;                  // float4 of a row
 constexpr int LANE_EXPERTS = (EXPERTS + 31) / 32;  // logits a lane holds
@@ -9,69 +10,60 @@ constexpr u32 ALL = 0xffffffffu;
 constexpr float NONE = -3.0e38f;
 static_assert(EXPERTS <= 128 && TOP_K <= 15 && HIDDEN % 64 == 0, "sizes the kernels were written for");
 
+// Four values times four halves.
+DEVICE void scale_quad(float4& x, const uint2& by) {
+    x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
+}
+
+// x * rms * norm.
+DEVICE void normalise_quad(float4& x, const uint2& norm, float rms) {
+    x.x *= rms * low_half(norm.x), x.y *= rms * high_half(norm.x);
+    x.z *= rms * low_half(norm.y), x.w *= rms * high_half(norm.y);
+}
+
 // One of PARTS warps that share an expert's inputs.
 template <int PARTS>
 struct RouterRow {
     static constexpr int HELD = (QUADS + 32 * PARTS - 1) / (32 * PARTS);
     float4 weight[HELD];
+    uint2 factor[HELD];
     int part;
 
     DEVICE int quad_of(int i) const { return (i * PARTS + part) * 32 + lane_id(); }
 
-    // The expert's weights, multiplied by the norm's.
+    // The expert's weights, of float32 [HIDDEN / 16, EXPERTS, 16], and the norm's.
     DEVICE void load(const float* router, const u16* norm, int expert, int which) {
         part = which;
-        const float4* weights = reinterpret_cast<const float4*>(router + size_t(expert) * HIDDEN);
-        uint2 factor[HELD];
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
-            const bool there = quad_of(i) < QUADS;
-            weight[i] = there ? weights[quad_of(i)] : float4{0.f, 0.f, 0.f, 0.f};
-            factor[i] = there ? reinterpret_cast<const uint2*>(norm)[quad_of(i)] : uint2{0, 0};
-        }
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            weight[i].x *= low_half(factor[i].x), weight[i].y *= high_half(factor[i].x);
-            weight[i].z *= low_half(factor[i].y), weight[i].w *= high_half(factor[i].y);
+            const int quad = quad_of(i);
+            const bool there = quad < QUADS;
+            weight[i] = there ? reinterpret_cast<const float4*>(router)[((quad >> 2) * EXPERTS + expert) * 4 + (quad & 3)] : float4{0.f, 0.f, 0.f, 0.f};
+            factor[i] = there ? reinterpret_cast<const uint2*>(norm)[quad] : uint2{0, 0};
         }
     }
 
-    // This part of the logit of each row's residual stream, to `store(row, sum)` in one lane.
+    // This part of the sum of each row's residual stream, to `store(row, sum)` in one lane.
     template <class Store>
-    DEVICE void multiply(const float* residual, const float* square_sums, float eps, int rows, Store store) const {
-        const float rms = reciprocal_rms<HIDDEN>(square_sums, rows, eps);
+    DEVICE void multiply(const float* residual, int rows, Store store) const {
 #pragma unroll 1
         for (int row = 0; row < rows; ++row) {
             const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
-            float sum = 0.f;
+            u64 sum = 0;
 #pragma unroll
             for (int i = 0; i < HELD; ++i) {
-                if (quad_of(i) < QUADS) {
-                    const float4 value = x[quad_of(i)];
-                    sum += value.x * weight[i].x + value.y * weight[i].y + value.z * weight[i].z + value.w * weight[i].w;
-                }
+                float4 value = {0.f, 0.f, 0.f, 0.f};
+                if (quad_of(i) < QUADS) value = x[quad_of(i)];
+                scale_quad(value, factor[i]);
+                sum += fixed_logit(quad_product(value, weight[i]));
             }
-            sum = warp_sum(sum) * __shfl_sync(ALL, rms, 4 * row);
+            // Four lanes have the same.
+#pragma unroll
+            for (int offset = 4; offset < 32; offset <<= 1) sum += __shfl_xor_sync(ALL, sum, offset);
             if (lane_id() == 0) store(row, sum);
         }
     }
 };
-
-// Four values times theirs of a vector of halves.
-DEVICE void scale_quad(float4& x, const u16* scale, int quad) {
-    const uint2 by = reinterpret_cast<const uint2*>(scale)[quad];
-    x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
-}
-
-// x * rms * norm * scale of four values of a row; scale may be null.
-DEVICE float4 normalised_quad(const float* residual, const u16* norm, const u16* scale, int quad, float rms) {
-    float4 x = reinterpret_cast<const float4*>(residual)[quad];
-    const uint2 factor = reinterpret_cast<const uint2*>(norm)[quad];
-    x.x *= rms * low_half(factor.x), x.y *= rms * high_half(factor.x);
-    x.z *= rms * low_half(factor.y), x.w *= rms * high_half(factor.y);
-    if (scale) scale_quad(x, scale, quad);
-    return x;
-}
 
 // A float as an unsigned integer of the same order.
 DEVICE u32 sortable(float value) {
@@ -79,20 +71,12 @@ DEVICE u32 sortable(float value) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// What experts are chosen by: above 0. The softmax keeps the order, so it is left out.
+DEVICE u32 score_key(float logit, float bias) { return sortable((SIGMOID ? sigmoid(logit) : logit) + (BIASED ? bias : 0.f)); }
+
 // One warp, one row: its first `count` experts in order of their score, the lower index of equals first, to `chosen` (unless it
-// is null); the last of them.
-DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, int count = TOP_K) {
-    u32 key[LANE_EXPERTS];
-#pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; ++i) {
-        const int expert = i * 32 + lane_id();
-        key[i] = 0;  // below any score
-        if (expert < EXPERTS) {
-            // The softmax keeps the order, so it is left out.
-            const float logit = logits[expert];
-            key[i] = sortable((SIGMOID ? sigmoid(logit) : logit) + (BIASED ? bias[expert] : 0.f));
-        }
-    }
+// is null); the last of them. key: of expert i * 32 + lane, 0 where there is none.
+DEVICE int choose_by(u32 (&key)[LANE_EXPERTS], int* chosen, int count) {
     int expert = EXPERTS;
 #pragma unroll 1
     for (int slot = 0; slot < count; ++slot) {
@@ -111,6 +95,17 @@ DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, i
         if (chosen && lane_id() == 0) chosen[slot] = expert;
     }
     return expert;
+}
+
+// The same by logits.
+DEVICE int choose_experts(const float* logits, const float* bias, int* chosen, int count = TOP_K) {
+    u32 key[LANE_EXPERTS];
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; ++i) {
+        const int expert = i * 32 + lane_id();
+        key[i] = expert < EXPERTS ? score_key(logits[expert], BIASED ? bias[expert] : 0.f) : 0;
+    }
+    return choose_by(key, chosen, count);
 }
 
 // One warp, one row: the weights of its chosen experts.
@@ -154,7 +149,7 @@ constexpr int MOST_TWICE = COLUMNS * TOP_K < 2 * EXPERTS ? COLUMNS * TOP_K : 2 *
 template <int WARPS, int MOST = COLUMNS>
 DEVICE int list_work(const float* logits, const float* bias, int rows, int (*chosen)[TOP_K], Entry* entries, int* counts) {
     static_assert(2 * MOST >= COLUMNS, "an expert is there twice at most");
-    for (int row = warp_id(); row < rows; row += WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row], TOP_K);
+    for (int row = warp_id(); row < rows; row += WARPS) choose_experts(logits + row * EXPERTS, bias, chosen[row]);
     __syncthreads();
     const int expert = threadIdx.x;
     u32 mask = 0, slots = 0;

@@ -13,6 +13,7 @@ struct Merge {
     char hidden[SLOTS][larger(1, SHARED_GROUPS)][GROUP_BYTES];
     float hidden_scales[SLOTS][larger(1, SHARED_GROUPS)], sums[UNITS][2][SLOTS][MERGED], weights[SLOTS][TOP_K];
     int chosen[SLOTS][TOP_K];
+    float logits[SLOTS == 1 ? EXPERTS : 1];
 };
 
 // Sum `half` of unit `unit` is that of groups first .. first + count - 1.
@@ -37,10 +38,33 @@ DEVICE void shared_down(Merge& held) {
     }
 }
 
+// Where the experts' scores are: several rows' logits float32 [rows, EXPERTS], or what those of a lone row add up to, of which block 0 leaves
+// the logits.
+struct Scores {
+    float* logits;
+    const u64* sums;
+    const float* square_sums;
+    float eps;
+};
+
+// One warp: a lone row's logits.
+DEVICE const float* lone_logits(Merge& held, const Scores& from, bool told) {
+    const float rms = __shfl_sync(ALL, reciprocal_rms<HIDDEN>(from.square_sums, 1, from.eps), 0);
+    for (int expert = lane_id(); expert < EXPERTS; expert += 32) {
+        const float logit = logit_of(from.sums[expert], rms);
+        held.logits[expert] = logit;
+        if (told) from.logits[expert] = logit;
+    }
+    __syncwarp();
+    return held.logits;
+}
+
 // What is added up, of `rows` rows side by side: given float [rows, TOP_K, DOWN_GROUPS, HIDDEN] by `routed` blocks, shared half
 // [rows, SHARED] by `shared_up` blocks.
 struct Given {
-    const float *given, *logits, *bias;
+    const float* given;
+    Scores scores;
+    const float* bias;
     const uint4* shared_codes;
     const u32* shared_scales;
     const u16* shared;
@@ -59,13 +83,14 @@ DEVICE void merge_part(Merge& held, int block, int rows, const Given& from, floa
 #pragma unroll 1
     for (int i = threadIdx.x; i < WORDS / 16; i += 32 * ROW_WARPS)
         copy_async(held.scales[0][0] + 4 * i, from.shared_scales + first_tile * 8 + 4 * i);
-    const float was = residual[size_t(own_row) * HIDDEN + output];
     copy_commit();
     await_turn(turn);
+    const float was = residual[size_t(own_row) * HIDDEN + output];
     if (warp_id() < rows) {
-        choose_experts(from.logits + own_row * EXPERTS, from.bias, held.chosen[own_row], TOP_K);
+        const float* logits = SLOTS == 1 ? lone_logits(held, from.scores, block == 0) : from.scores.logits + own_row * EXPERTS;
+        choose_experts(logits, from.bias, held.chosen[own_row]);
         __syncwarp();
-        weigh_experts(from.logits + own_row * EXPERTS, held.chosen[own_row], held.weights[own_row]);
+        weigh_experts(logits, held.chosen[own_row], held.weights[own_row]);
     }
     if (SHARED) {
         await_count(&done->shared_up, from.shared_up);

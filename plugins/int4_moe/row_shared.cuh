@@ -14,16 +14,9 @@ struct SharedUp {
     Partials<SHARES * UP_WARPS> partials[SHARED_TILES];
 };
 
-// SHARED_TILES * 16 gated products, as halves.
-DEVICE void shared_up(SharedUp& held, int block, const float* residual, const float* square_sums, const u16* norm, float eps,
-                      const u16* scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* hidden, const Turn& turn) {
-    const int slice = warp_id() % UP_WARPS, pair = warp_id() / UP_WARPS, output = block * SHARED_TILES * TILE_ROWS + threadIdx.x;
-    fetch_halves(norm, HIDDEN);
-    if (SHARED_SCALED) fetch_halves(scale, HIDDEN);
-    float next = 1.f;
-    if (next_scale && threadIdx.x < SHARED_TILES * TILE_ROWS) next = half_to_float(next_scale[output]);
-    // Before, its weights would be in the way of what the launch ahead has to write.
-    await_turn(turn);
+// Asks for the weights of part `block`.
+DEVICE void ask_shared(SharedUp& held, int block, const uint4* codes, const u32* scales) {
+    const int slice = warp_id() % UP_WARPS, pair = warp_id() / UP_WARPS;
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
         const size_t tile = size_t(block * SHARED_TILES + pair + r * (SHARED / TILE_ROWS)) * Up::GROUPS;
@@ -35,6 +28,14 @@ DEVICE void shared_up(SharedUp& held, int block, const float* residual, const fl
             copy_async(&held.scales[warp_id()][r][step][part], scales + (tile + Up::group(step, slice)) * 8 + part);
     }
     copy_commit();
+}
+
+// SHARED_TILES * 16 gated products, as halves, when the row is there.
+DEVICE void shared_up(SharedUp& held, int block, const float* residual, const float* square_sums, const u16* norm, float eps,
+                      const u16* scale, const u16* next_scale, u16* hidden) {
+    const int slice = warp_id() % UP_WARPS, pair = warp_id() / UP_WARPS, output = block * SHARED_TILES * TILE_ROWS + threadIdx.x;
+    float next = 1.f;
+    if (next_scale && threadIdx.x < SHARED_TILES * TILE_ROWS) next = half_to_float(next_scale[output]);
     if (warp_id() < UP_WARPS) {
         char* own = held.inputs[warp_id()];
         normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(reinterpret_cast<u16*>(own), residual, square_sums, norm, scale, 1, eps);

@@ -9,7 +9,7 @@
 // up, MERGE_BLOCKS for each SLOTS rows. They wait for blocks of their own launch, which always find room: blocks are given out in order.
 // first: of the blocks, those that find the work list for themselves.
 extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
-    experts_rows(const char* inputs, const float* input_scales, const float* logits, const float* bias, int* work, int first,
+    experts_rows(const char* inputs, const float* input_scales, float* logits, const float* bias, int* work, int first,
                  const uint4* up_codes, const u32* up_scales, const u16* next_scale, const uint4* down_codes, const u32* down_scales,
                  float* given, const uint4* shared_codes, const u32* shared_scales, const u16* shared_hidden, float* residual,
                  float* square_sums, Done* done, int rows, TurnCounters* turns, int index, int before) {
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
         return;
     }
     const int row0 = (block - routed) / MERGE_BLOCKS * SLOTS;
-    const Given all = {given + size_t(row0) * TOP_K * DOWN_GROUPS * HIDDEN, logits + row0 * EXPERTS, bias, shared_codes, shared_scales,
+    const Given all = {given + size_t(row0) * TOP_K * DOWN_GROUPS * HIDDEN, Scores{logits + row0 * EXPERTS, nullptr, nullptr, 0.f}, bias, shared_codes, shared_scales,
                        shared_hidden + size_t(row0) * SHARED, routed, 0};
     merge_part(*reinterpret_cast<Merge*>(shared), (block - routed) % MERGE_BLOCKS, smaller(SLOTS, rows - row0), all,
                residual + size_t(row0) * HIDDEN, square_sums + row0 * (HIDDEN / 16), done, turn);

@@ -1,4 +1,4 @@
-"""The experts of 2 to 8 rows in one launch, with the bits of a row alone."""
+"""The experts of 1 to 8 rows in one launch, with the bits of a row alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def experts_rows(
     turns: Turns | None = None,
 ) -> None:
     """residual float32 [rows, hidden] += what the experts give, after `route`; square_sums are renewed. rows: at most 8."""
-    experts, hidden = weights.router.shape
+    experts, hidden = weights.experts, weights.hidden
     groups = weights.width // 64
     entries = min(rows * weights.routing.top_k, experts * (1 if rows <= SLOTS else COLUMNS // SLOTS))
     routed, summing = groups * entries, -(-rows // SLOTS) * (hidden // MERGED)

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from trtvlm.model.config import LanguageConfig
 from trtvlm.model.sizes import SIZES, language_size
-from trtvlm.plugins.int4_linear.decode import Norm
+from trtvlm.plugins.cuda.tiles import int4_tiles
+from trtvlm.plugins.cuda.turns import Turns
+from trtvlm.plugins.int4_linear.decode import LinearWeight, Norm, add_linear
 from trtvlm.plugins.int4_moe import reference
 from trtvlm.plugins.int4_moe.bench import random_mlp, weights_of
 from trtvlm.plugins.int4_moe.decode import moe_decode
 from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
 from trtvlm.plugins.int4_moe.reference import Int4MLP, Routing
+from trtvlm.plugins.int4_moe.row import dense_row, experts_row
 
 DEVICE = "cuda"
 ROWS = (1, 2, 3, 5, 8, 9, 16)
@@ -29,6 +32,7 @@ class Layer:
     experts: Int4MLP
     shared: Int4MLP | None
     weights: MoEWeights
+    dense: LinearWeight
 
     @property
     def hidden(self) -> int:
@@ -38,7 +42,7 @@ class Layer:
         """residual [M, hidden] -> float64 [M, hidden]; index int64 [M, k] stands in for the choice of experts."""
         x = residual.double()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.norm.double()
-        logits = x @ self.weights.router.double().t()
+        logits = x @ self.weights.router.double().transpose(0, 1).flatten(1).t()
         chosen, weight = self.weights.routing(logits, self.weights.correction_bias)
         if index is not None:
             chosen, weight = index, logits.softmax(-1).gather(1, index).float() * self.weights.routing.scaling
@@ -48,8 +52,18 @@ class Layer:
     def run(self, residual: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """The first rows through the kernels, all buffers spoilt -> residual float32, square sums of 16, [rows, ...]."""
         out, sums = residual[:rows].clone(), square_sums(residual[:rows])
-        moe_decode(out, Norm(self.norm, sums, EPS), self.weights, spoilt(self.weights, rows), rows)
+        moe_decode(out, sums, Norm(self.norm, sums, EPS), self.weights, spoilt(self.weights, rows), rows)
         return out, sums
+
+    def run_alone(self, x: Tensor, residual: Tensor, turns: Turns | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """One row after attention through the kernels it has for itself -> residual, square sums of 16, router logits."""
+        out, (inner, sums) = residual.clone(), torch.full((2, 1, self.hidden // 16), torch.nan, device=DEVICE)
+        norm, workspace = Norm(self.norm, inner, EPS), spoilt(self.weights, 1)
+        dense_row(x, self.dense, out, norm, self.weights, workspace, turns)
+        experts_row(out, sums, norm, self.weights, workspace, turns)
+        assert not workspace.done.any()
+        assert not workspace.logit_sums.any()
+        return out, sums, workspace.logits
 
 
 def square_sums(residual: Tensor) -> Tensor:
@@ -61,7 +75,7 @@ def spoilt(weights: MoEWeights, rows: int) -> DecodeWorkspace:
     """Buffers that hold nothing of use, but for the counters."""
     workspace = DecodeWorkspace.allocate(weights, rows, DEVICE)
     for name, buffer in vars(workspace).items():
-        if name != "done":
+        if name not in ("done", "logit_sums"):
             buffer.fill_(torch.nan if buffer.is_floating_point() else -1)
     return workspace
 
@@ -72,7 +86,15 @@ def make(config: LanguageConfig, shared: bool = True, scaled: bool = True) -> La
     experts = random_mlp(hidden, width, number, DEVICE, scaled=scaled)
     beside = random_mlp(hidden, width * (config.n_shared_experts or 0), None, DEVICE, scaled=scaled) if shared else None
     norm = torch.rand(hidden, device=DEVICE).add(0.5).half()
-    return Layer(norm, experts, beside, weights_of(config, experts, beside, DEVICE))
+    return Layer(norm, experts, beside, weights_of(config, experts, beside, DEVICE), projection(config, scaled))
+
+
+def projection(config: LanguageConfig, scaled: bool) -> LinearWeight:
+    """Attention's, as random INT4."""
+    inputs = config.num_attention_heads * config.value_head_dim
+    codes = torch.randint(-128, 128, (config.hidden_size // 2, inputs), dtype=torch.int8, device=DEVICE)
+    scales = torch.rand(config.hidden_size, inputs // 64, device=DEVICE).add(0.5).half() / 5 / inputs**0.5
+    return LinearWeight(*int4_tiles(codes, scales), torch.rand(inputs, device=DEVICE).add(0.5).half() if scaled else None)
 
 
 def residuals(layer: Layer, rows: int = 16) -> Tensor:
@@ -105,7 +127,7 @@ def test_refuses_what_it_cannot_do(routing: Routing, experts: int, shared: int, 
     fc, proj = tiles(experts, 16, 1), tiles(experts, 4, 2)
     with pytest.raises(ValueError, match=words):
         MoEWeights(
-            torch.empty(experts, 64, device="meta"), None, routing, fc, proj,
+            torch.empty(4, experts, 16, device="meta"), None, routing, fc, proj,
             tiles(2 * shared // 16, 1), tiles(4, shared // 64),
         )  # fmt: skip
 
@@ -131,6 +153,38 @@ def test_a_row_does_not_depend_on_the_others(model: str) -> None:
     for rows in ROWS:
         for part, together in enumerate(layer.run(residual, rows)):
             assert torch.equal(together, torch.cat([one[part] for one in alone[:rows]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+def test_a_row_alone_after_attention_has_the_same_bits(model: str) -> None:
+    assert_same_alone(make(language_size(model)))
+
+
+def assert_same_alone(layer: Layer, rows: int = 3, turns: Turns | None = None) -> None:
+    """The kernels of a lone row give what `add_linear` and `moe_decode` give; logits, too."""
+    x, residual = torch.randn(rows, layer.dense.inputs, device=DEVICE).half(), residuals(layer, rows)
+    for row in range(rows):
+        out, sums = residual[row : row + 1].clone(), torch.full((1, layer.hidden // 16), torch.nan, device=DEVICE)
+        workspace = spoilt(layer.weights, 1)
+        add_linear(x[row : row + 1], layer.dense, out, sums, 1)
+        moe_decode(out, sums, Norm(layer.norm, sums, EPS), layer.weights, workspace, 1)
+        alone = layer.run_alone(x[row : row + 1], residual[row : row + 1], turns)
+        for found, expected in zip(alone, (out, sums, workspace.logits), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["nano", "deepseek-vl2"])
+@pytest.mark.parametrize(("shared", "scaled"), [(False, True), (True, False)])
+def test_a_row_alone_without_a_shared_expert_or_pre_quant_scales(model: str, shared: bool, scaled: bool) -> None:
+    assert_same_alone(make(language_size(model), shared, scaled))
+
+
+def test_square_sums_of_a_row_alone_are_read_while_they_are_made() -> None:
+    sums = torch.empty(1, 4)
+    with pytest.raises(ValueError, match="before and after"):
+        experts_row(torch.empty(1, 64), sums, Norm(torch.empty(64), sums, EPS), None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
@@ -172,10 +226,10 @@ def test_replays_from_a_graph(rows: int) -> None:
     out, sums = first.clone(), square_sums(first)
     workspace = spoilt(layer.weights, rows)
     norm = Norm(layer.norm, sums, EPS)
-    moe_decode(out, norm, layer.weights, workspace, rows)  # compiles
+    moe_decode(out, sums, norm, layer.weights, workspace, rows)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        moe_decode(out, norm, layer.weights, workspace, rows)
+        moe_decode(out, sums, norm, layer.weights, workspace, rows)
     for residual in (second, first, second):
         out.copy_(residual)
         sums.copy_(square_sums(residual))

@@ -91,7 +91,7 @@ class Int4MoEPlugin(OperatorPlugin):
             float(self.numbers["scaling"]),
         )  # fmt: skip
         tiles = [Tiles(*inputs[at : at + 3]) for at in range(2, len(inputs) - self._int("biased"), 3)]
-        router = torch.empty(self._int("experts"), self._int("hidden"), device="meta")
+        router = torch.empty(self._int("hidden") // 16, self._int("experts"), 16, device="meta")
         return MoEWeights(router, inputs[-1] if self.numbers["biased"] else None, routing, *tiles)
 
     def _int(self, name: str) -> int:

@@ -23,7 +23,8 @@ from trtvlm.plugins.int4_linear.decode import (
     linear,
 )
 from trtvlm.plugins.int4_moe.decode import moe_decode
-from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles
+from trtvlm.plugins.int4_moe.layer import DecodeWorkspace, MoEWeights, Tiles, router_tiles
+from trtvlm.plugins.int4_moe.row import dense_row, experts_row, takes
 from trtvlm.plugins.int8_linear.decode import candidates, head
 from trtvlm.plugins.mla_attention.decode import MLAWeights, MLAWorkspace, mla_decode
 from trtvlm.runtime.cuda.weights import LanguageWeights, LayerWeights, Matrix
@@ -70,7 +71,8 @@ class DecodeProgram:
         config, device = weights.config, weights.embedding.device
         hidden, heads, rows = config.hidden_size, config.num_attention_heads, max_rows
         self.residual = torch.zeros(rows, hidden, device=device)
-        self.square_sums = torch.zeros(rows, hidden // 16, device=device)
+        # Of the residual stream between layers, and within them: a lone row's experts read these while those are made.
+        self.square_sums, self._inner_sums = (torch.zeros(rows, hidden // 16, device=device) for _ in range(2))
         self._layers = [self._pack(layer) for layer in weights.layers]
         self._norm = Norm(weights.norm, self.square_sums, weights.eps)
         launches = _LAUNCHES * len(self._layers) + 1
@@ -119,18 +121,25 @@ class DecodeProgram:
             turns.end()
 
     def launch_attention(self, index: int, cursor: Tensor, rows: int, span: int, turns: Turns | None = None) -> None:
-        """The first half of layer `index`, up to its residual sum."""
+        """The first half of layer `index`, up to its residual sum; for a lone row what its experts begin with, too."""
         layer = self._layers[index]
         linear(self.residual, layer.qkv, self._q, rows, layer.input_norm, self._kv, turns)
         self._attend(layer, self.cache.layers[index], cursor, rows, span, turns)
-        add_linear(self._attended, layer.dense, self.residual, self.square_sums, rows, turns)
+        if rows == 1 and layer.moe is not None and takes(layer.dense):
+            assert self._moe is not None
+            dense_row(self._attended, layer.dense, self.residual, layer.post_norm, layer.moe, self._moe, turns)
+            return
+        add_linear(self._attended, layer.dense, self.residual, self._inner_sums, rows, turns)
 
     def launch_mlp(self, index: int, rows: int, turns: Turns | None = None) -> None:
         """The second half of layer `index`."""
         layer = self._layers[index]
         if layer.moe is not None:
             assert self._moe is not None
-            moe_decode(self.residual, layer.post_norm, layer.moe, self._moe, rows, turns)
+            if rows == 1 and takes(layer.dense):
+                experts_row(self.residual, self.square_sums, layer.post_norm, layer.moe, self._moe, turns)
+                return
+            moe_decode(self.residual, self.square_sums, layer.post_norm, layer.moe, self._moe, rows, turns)
             return
         assert layer.fc is not None
         assert layer.proj is not None
@@ -198,14 +207,14 @@ class DecodeProgram:
         if layer.moe is not None:
             shared = [None if part is None else _tiles(part) for part in (layer.fc, layer.proj)]
             moe = MoEWeights(
-                layer.moe.router, layer.moe.correction_bias, layer.moe.routing, _tiles(layer.moe.fc), _tiles(layer.moe.proj),
+                router_tiles(layer.moe.router), layer.moe.correction_bias, layer.moe.routing, _tiles(layer.moe.fc), _tiles(layer.moe.proj),
                 *shared,
             )  # fmt: skip
         dense = layer.moe is None
         coming = [layer.dense.codes, layer.dense.scales, *([] if moe is None else [moe.router, *moe.shared_expert])]
         return _Layer(
             Norm(layer.input_norm, self.square_sums, self.weights.eps),
-            Norm(layer.post_norm, self.square_sums, self.weights.eps),
+            Norm(layer.post_norm, self._inner_sums, self.weights.eps),
             qkv,
             _linear(layer.dense),
             layer.mla,

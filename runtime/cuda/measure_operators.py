@@ -47,11 +47,13 @@ def _kernel_of(config: LanguageConfig, name: str, rows: int) -> str:
     part, moe = name[layer.end() :], config.is_moe(int(layer[1]))
     if part.startswith("attention.kv_a_layernorm"):
         return "absorb"
+    first = part.startswith(("post_layernorm.", "mlp.router.", "mlp.shared_expert.fc.", "mlp.shared_expert.gate."))
+    if moe and rows == 1 and (first or part.startswith("attention.dense.")):  # `int4_moe/row.py`
+        return "dense_row"
     if not moe or part.startswith(("attention.", "input_layernorm.")):
         return "linear"
-    first = part.startswith(("post_layernorm.", "mlp.router.", "mlp.shared_expert.fc.", "mlp.shared_expert.gate."))
-    if rows == 1:  # kernels of its own (`int4_moe/row.cu`)
-        return "route_row" if first else "experts_row"
+    if rows == 1:
+        return "experts_row"
     if first:
         return "route"
     if rows <= COLUMNS:  # `int4_moe/rows.cu`

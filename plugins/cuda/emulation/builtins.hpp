@@ -167,6 +167,8 @@ static To emulated_truncate(From value) {
 }
 [[maybe_unused]] static int __float2int_rn(float value) { return emulated_truncate<int>(std::nearbyint(value)); }
 [[maybe_unused]] static int __float2int_rz(float value) { return emulated_truncate<int>(value); }
+[[maybe_unused]] static long long __float2ll_rn(float value) { return emulated_truncate<long long>(std::nearbyint(value)); }
+[[maybe_unused]] static float __ll2float_rn(long long value) { return float(value); }
 [[maybe_unused]] static float __ull2float_rn(unsigned long long value) { return float(value); }
 [[maybe_unused]] static double __ull2double_rn(unsigned long long value) { return double(value); }
 [[maybe_unused]] static float __fmul_rn(float a, float b) { return a * b; }

@@ -4,6 +4,7 @@ The tests that a GPU runs are called here as they are, with DEVICE moved and few
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from trtvlm.model.rope import rope_table
 from trtvlm.model.sizes import language_size
 from trtvlm.plugins.cuda import launch
 from trtvlm.plugins.cuda.emulation.emulator import ORDERS, Schedule, compiler, emulated
+from trtvlm.plugins.cuda.occupancy import Device, Multiprocessor
 from trtvlm.plugins.cuda.tiles import half_tiles, int4_tiles
+from trtvlm.plugins.cuda.turns import Turns
 from trtvlm.plugins.embedding import test_embedding_cuda as embedding
 from trtvlm.plugins.fused_add_rms_norm import test_fused_add_rms_norm_cuda as fused_add_rms_norm
 from trtvlm.plugins.gqa_attention import test_gqa_attention_cuda as gqa
@@ -195,6 +198,38 @@ def test_experts_of_a_row_do_not_depend_on_the_others(monkeypatch: pytest.Monkey
     moe.test_a_row_does_not_depend_on_the_others("nano")
 
 
+class OneQueue:
+    """Launches one after the other."""
+
+    def begin(self) -> None: ...
+
+    def into(self, queue: int) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def mark(self, queue: int) -> None: ...
+
+    def follow(self, queue: int, mark: None) -> None: ...
+
+
+@pytest.mark.usefixtures("in_random_order")
+@pytest.mark.parametrize("multiprocessors", [None, 12, 18, 40])
+def test_a_row_alone_after_attention(multiprocessors: int | None) -> None:
+    # Of 16 tiles a block has one or two; of the shared expert's parts some or none are left to blocks that had tiles.
+    turns = None
+    if multiprocessors:
+        room = Device(multiprocessors, Multiprocessor(1 << 16, 2048, 228 << 10, 32))
+        turns = Turns(64, "cpu", OneQueue(), room)
+        turns.begin()
+    moe.assert_same_alone(moe.make(language_size("nano")), 3, turns)
+    assert turns is None or turns.overlapped == turns.taken - 1
+
+
+@pytest.mark.parametrize("resident", [1, 16])
+def test_a_row_alone_waits_for_blocks_before_it_only(resident: int) -> None:
+    with emulated(Schedule(resident=resident)):
+        moe.assert_same_alone(moe.make(language_size("nano-draft")), 1)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("model", ["nano", "nano-draft"])
 def test_experts_wait_for_blocks_before_them_only(model: str, rows: int) -> None:
@@ -217,6 +252,7 @@ def test_experts_chosen_by_all_and_experts_chosen_by_index() -> None:
 @pytest.mark.parametrize(("shared", "scaled"), [(False, True), (True, False), (False, False)])
 def test_experts_without_a_shared_one_or_pre_quant_scales(shared: bool, scaled: bool) -> None:
     moe.test_without_a_shared_expert_or_pre_quant_scales("nano", shared, scaled)
+    moe.test_a_row_alone_without_a_shared_expert_or_pre_quant_scales("nano", shared, scaled)
 
 
 @pytest.mark.usefixtures("in_random_order")

@@ -47,6 +47,12 @@ DEVICE u32 half2_mul(u32 a, u32 b) {
     return out;
 }
 
+// Eight halves times eight others.
+DEVICE void half2_scale(uint4& x, const uint4& by) {
+    x.x = half2_mul(x.x, by.x), x.y = half2_mul(x.y, by.y);
+    x.z = half2_mul(x.z, by.z), x.w = half2_mul(x.w, by.w);
+}
+
 DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
     u32 out;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
