@@ -150,7 +150,7 @@ class PluginGraph:
         if bias is not None:
             inputs.append(self._constant(f"int4_moe.{step.layer}/correction_bias", bias))
         numbers = {
-            "experts": packed.router.shape[0], "hidden": packed.router.shape[1], "width": packed.width,
+            "experts": packed.experts, "hidden": packed.hidden, "width": packed.width,
             "shared": packed.shared_width, "top_k": routing.top_k, "sigmoid": int(routing.scoring == "sigmoid"),
             "normalise": int(routing.normalise), "biased": int(bias is not None), "scaling": float(routing.scaling),
         }  # fmt: skip

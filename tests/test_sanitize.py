@@ -46,6 +46,13 @@ def test_clean(tmp_path: Path) -> None:
     assert all("|experts_up|" in call and sanitize.CONTROL in call for call in calls)
 
 
+def test_a_file_without_tests_is_well(tmp_path: Path) -> None:
+    none = 'case "$*" in *test_turns.py*) echo "= 14 deselected in 3.1s ="; exit 255;; esac; '
+    status, said = run(tmp_path, SEEN, none + CLEAN, "--tool", "racecheck")
+    assert status == 0
+    assert f"racecheck  ok     0 found; {12 * (len(sanitize.places('racecheck')) - 1)} passed" in said
+
+
 @pytest.mark.parametrize(
     ("tests", "words"),
     [

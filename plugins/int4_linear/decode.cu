@@ -53,6 +53,30 @@ DEVICE Activation load_direct(const u16* x, int group, bool present) {
     return out;
 }
 
+// sum += a step of INT4 tiles times rows that are fixed point (fixed.cuh): a warp's slice of them, and its scales.
+constexpr int SCALE_ROWS = ONE_ROW ? 1 : COLUMNS;  // scales of a group, side by side
+template <int TILES>
+DEVICE void multiply_fixed(float (&sum)[TILES][4], const Int4Weight (&weight)[TILES], const u16* rows_x, const float* scales, int rows) {
+    if (ONE_ROW) {
+        const uint4 x = load_fixed_row(rows_x);
+#pragma unroll
+        for (int r = 0; r < TILES; ++r) {
+            float one[2] = {sum[r][0], sum[r][2]};
+            fixed_row_tile(one, weight[r].codes, weight[r].scale, x, scales[0]);
+            sum[r][0] = one[0], sum[r][2] = one[1];
+        }
+        return;
+    }
+    // What a row that is not there gives is never used.
+    const FixedActivation x = load_fixed(rows_x + smaller(lane_id() >> 2, rows - 1) * Part::STRIDE);
+    const int column = ONE_ROW ? 0 : 2 * (lane_id() & 3);
+    const float2 by = {scales[column], scales[smaller(column + 1, SCALE_ROWS - 1)]};
+#pragma unroll
+    for (int r = 0; r < TILES; ++r) fixed_tile(sum[r], weight[r].codes, weight[r].scale, x, by);
+}
+template <int TILES>
+DEVICE void multiply_fixed(float (&)[TILES][4], const HalfWeight (&)[TILES], const u16*, const float*, int) {}  // never called
+
 // The tiles, or pairs of tiles, first .. first + COUNT - 1 of `count`.
 template <class Weight, int COUNT, bool SCALE>
 DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, int first, int count, int all_rows,
@@ -74,6 +98,11 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     const int row0 = ONE_ROW ? 0 : blockIdx.y * COLUMNS, rows = ONE_ROW ? 1 : smaller(COLUMNS, all_rows - row0);
     const int bytes = warp_bytes(ONE_ROW ? 1 : smaller(COLUMNS, all_rows));
     char* own = reinterpret_cast<char*>(shared) + warp_id() * bytes;
+    // Normalised rows become fixed point at once, where they are long enough to be worth it.
+    constexpr bool FIXED = NORMALISED && Weight::FIXED && STEPS > 4;
+    u16* own_x = reinterpret_cast<u16*>(own);
+    __shared__ float all_scales[FIXED ? WARPS : 1][STEPS][SCALE_ROWS];
+    float* x_scales = all_scales[FIXED ? warp_id() : 0][0];
 
     // A block past the end computes the last tile again, and does not write it.
     auto tile_of = [&](int r) {
@@ -145,8 +174,11 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     for (int step = 0; step < DEPTH; ++step) load_inputs(step);
     if (NORMALISED) {
         const float* residual = static_cast<const float*>(a.x) + size_t(row0) * INPUTS;
-        normalise_rows<INPUTS, WARPS, SCALE>(reinterpret_cast<u16*>(own), residual,
-                                              a.square_sums + row0 * (INPUTS / 16), a.norm, a.pre_quant_scale, rows, a.eps);
+        const float* square_sums = a.square_sums + row0 * (INPUTS / 16);
+        const AsFixed<Part::STRIDE, SCALE_ROWS> fixed = {own_x, x_scales};
+        const AsHalves<Part::STRIDE> as_halves = {own_x};
+        if (FIXED) normalise_rows<INPUTS, WARPS, SCALE>(fixed, residual, square_sums, a.norm, a.pre_quant_scale, rows, a.eps);
+        else normalise_rows<INPUTS, WARPS, SCALE>(as_halves, residual, square_sums, a.norm, a.pre_quant_scale, rows, a.eps);
     }
     uint4 piece[PIECES];
 #pragma unroll
@@ -156,7 +188,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     for (int n = 0; n < PIECES; ++n) {
         if (!has_piece(n)) continue;
         if (SCALE) half2_scale(piece[n], factor[n]);
-        *reinterpret_cast<uint4*>(reinterpret_cast<u16*>(own) + 8 * piece_of(n)) = piece[n];
+        *reinterpret_cast<uint4*>(own_x + 8 * piece_of(n)) = piece[n];
     }
     if (LANDED) copy_wait<0>();
     if (LANDED || STAGED) __syncwarp();
@@ -164,10 +196,12 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     float sum[TILES][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        if (Part::has(step)) {
+        if (FIXED) {
+            if (Part::has(step)) multiply_fixed(sum, weight[step % DEPTH], own_x + step * TILE_INPUTS, x_scales + step * SCALE_ROWS, rows);
+        } else if (Part::has(step)) {
             Activation now = x[step % DEPTH];
             if (STAGED) {
-                now = load_activation(reinterpret_cast<u16*>(own), Part::STRIDE, step, present);
+                now = load_activation(own_x, Part::STRIDE, step, present);
             } else if (SCALE) {
                 half2_scale(now.first, scale[step % DEPTH].first);
                 half2_scale(now.second, scale[step % DEPTH].second);

@@ -2,7 +2,7 @@
 // of the activations it needs just those; so nothing is waited for but its own loads until the sums are put together.
 // Which warp takes what depends on the number of inputs alone, never on how many activation rows there are.
 #pragma once
-#include "tiles.cuh"
+#include "fixed.cuh"
 
 template <int INPUTS, int WARPS>
 struct Slice {
@@ -63,60 +63,93 @@ DEVICE float reciprocal_rms(const float* square_sums, int rows, float eps) {
     return rsqrtf(sum * (1.0f / INPUTS) + eps);
 }
 
-// Writes this warp's slice of half(x * rms * weight * scale) to its own shared memory, row r at r * Slice::STRIDE.
-// residual [rows][INPUTS], square_sums [rows][INPUTS / 16]; the caller waits with __syncwarp.
+// Four values times four halves.
+DEVICE void scale_quad(float4& x, const uint2& by) {
+    x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
+}
+
+// x * rms * norm.
+DEVICE void normalise_quad(float4& x, const uint2& norm, float rms) {
+    x.x *= rms * low_half(norm.x), x.y *= rms * high_half(norm.x);
+    x.z *= rms * low_half(norm.y), x.w *= rms * high_half(norm.y);
+}
+
+// What becomes of a quad of a row's normalised inputs, sixteen lanes a group. A row's slice is STRIDE halves long.
+template <int STRIDE>
+struct AsHalves {
+    static constexpr bool EVERY_LANE = false;  // has a say in what the others store
+    u16* to;
+
+    DEVICE void operator()(const float4& x, int row, int step, int quad, bool) const {
+        const uint2 halves = {floats_to_halves(x.x, x.y), floats_to_halves(x.z, x.w)};
+        *reinterpret_cast<uint2*>(to + row * STRIDE + step * TILE_INPUTS + 4 * quad) = halves;
+    }
+};
+
+// As fixed point in the room of halves; the scales of a group stand side by side for ROWS rows.
+template <int STRIDE, int ROWS>
+struct AsFixed {
+    static constexpr bool EVERY_LANE = true;
+    u16* to;
+    float* scales;
+
+    DEVICE void operator()(const float4& x, int row, int step, int quad, bool there) const {
+        float scale;
+        const FixedQuad fixed = fix_quad(x, &scale);
+        if (!there) return;
+        u32* at = reinterpret_cast<u32*>(to + row * STRIDE + step * TILE_INPUTS) + quad;
+        at[0] = fixed.high, at[TILE_INPUTS / 4] = fixed.low;
+        if (quad == 0) scales[step * ROWS + row] = scale;
+    }
+};
+
+// One warp: its slice of x * rms * weight * scale, to `store`; the caller waits with __syncwarp.
+// residual [rows][INPUTS], square_sums [rows][INPUTS / 16].
 // LOADS: how many a lane has under way at once; 4 are a row's whole slice up to 4,096 inputs on 8 warps.
-template <int INPUTS, int WARPS, bool SCALED, int LOADS>
-DEVICE void normalise_slice(u16* to, const float* residual, const float* square_sums, const u16* weight,
+template <int INPUTS, int WARPS, bool SCALED, int LOADS, class Store>
+DEVICE void normalise_slice(const Store& store, const float* residual, const float* square_sums, const u16* weight,
                             const u16* pre_quant_scale, int rows, float eps) {
     using Part = Slice<INPUTS, WARPS>;
-    constexpr int CHUNK = LOADS;
-    float4 value[CHUNK];
-    uint2 factor[CHUNK], scale[CHUNK];
+    float4 value[LOADS];
+    uint2 factor[LOADS], scale[LOADS];
     const int slots = rows * Part::STEPS, quad = lane_id() & 15;  // a slot is one group of one row: 16 lanes of 4 inputs
+    auto there = [&](int slot, int step) { return slot < slots && Part::group(step) < Part::GROUPS; };
 
     auto load = [&](int base) {
 #pragma unroll
-        for (int c = 0; c < CHUNK; ++c) {
-            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS;
-            const int group = Part::group(slot - row * Part::STEPS);
-            if (slot < slots && group < Part::GROUPS) {
-                const int input = group * TILE_INPUTS + 4 * quad;
-                value[c] = *reinterpret_cast<const float4*>(residual + size_t(row) * INPUTS + input);
-                factor[c] = *reinterpret_cast<const uint2*>(weight + input);
-                if (SCALED) scale[c] = *reinterpret_cast<const uint2*>(pre_quant_scale + input);
-            }
+        for (int c = 0; c < LOADS; ++c) {
+            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS, step = slot - row * Part::STEPS;
+            if (Store::EVERY_LANE) value[c] = {0.f, 0.f, 0.f, 0.f};
+            if (!there(slot, step)) continue;
+            const int input = Part::group(step) * TILE_INPUTS + 4 * quad;
+            value[c] = *reinterpret_cast<const float4*>(residual + size_t(row) * INPUTS + input);
+            factor[c] = *reinterpret_cast<const uint2*>(weight + input);
+            if (SCALED) scale[c] = *reinterpret_cast<const uint2*>(pre_quant_scale + input);
         }
     };
 
     load(0);
     const float rms = reciprocal_rms<INPUTS>(square_sums, rows, eps);
-    for (int base = 0; base < slots; base += 2 * CHUNK) {
+    for (int base = 0; base < slots; base += 2 * LOADS) {
 #pragma unroll
-        for (int c = 0; c < CHUNK; ++c) {
-            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS;
-            const int step = slot - row * Part::STEPS;
-            const float r = __shfl_sync(0xffffffffu, rms, 4 * (row & 7));
-            if (slot < slots && Part::group(step) < Part::GROUPS) {
-                float x = value[c].x * r * low_half(factor[c].x), y = value[c].y * r * high_half(factor[c].x);
-                float z = value[c].z * r * low_half(factor[c].y), w = value[c].w * r * high_half(factor[c].y);
-                if (SCALED) {
-                    x *= low_half(scale[c].x), y *= high_half(scale[c].x);
-                    z *= low_half(scale[c].y), w *= high_half(scale[c].y);
-                }
-                uint2 out;
-                out.x = floats_to_halves(x, y), out.y = floats_to_halves(z, w);
-                *reinterpret_cast<uint2*>(to + row * Part::STRIDE + step * TILE_INPUTS + 4 * quad) = out;
+        for (int c = 0; c < LOADS; ++c) {
+            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS, step = slot - row * Part::STEPS;
+            const float row_rms = __shfl_sync(0xffffffffu, rms, 4 * (row & 7));
+            const bool mine = there(slot, step);
+            if (mine) {
+                normalise_quad(value[c], factor[c], row_rms);
+                if (SCALED) scale_quad(value[c], scale[c]);
             }
+            if (mine || Store::EVERY_LANE) store(value[c], row, step, quad, mine);
         }
-        load(base + 2 * CHUNK);
+        load(base + 2 * LOADS);
     }
 }
 
 // The same with as many loads under way as the rows are worth.
-template <int INPUTS, int WARPS, bool SCALED>
-DEVICE void normalise_rows(u16* to, const float* residual, const float* square_sums, const u16* weight,
+template <int INPUTS, int WARPS, bool SCALED, class Store>
+DEVICE void normalise_rows(const Store& store, const float* residual, const float* square_sums, const u16* weight,
                            const u16* pre_quant_scale, int rows, float eps) {
-    if (rows <= 2) normalise_slice<INPUTS, WARPS, SCALED, 1>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
-    else normalise_slice<INPUTS, WARPS, SCALED, 4>(to, residual, square_sums, weight, pre_quant_scale, rows, eps);
+    if (rows <= 2) normalise_slice<INPUTS, WARPS, SCALED, 1>(store, residual, square_sums, weight, pre_quant_scale, rows, eps);
+    else normalise_slice<INPUTS, WARPS, SCALED, 4>(store, residual, square_sums, weight, pre_quant_scale, rows, eps);
 }

@@ -11,6 +11,7 @@ DEVICE u32 load_stream(const u32* address) {
 
 struct Int4Weight {
     static constexpr int REGISTERS = 5;
+    static constexpr bool FIXED = true;  // multiplies fixed point, too
     uint4 codes;
     u32 scale;
 
@@ -36,6 +37,7 @@ struct Int4Weight {
 
 struct HalfWeight {
     static constexpr int REGISTERS = 16;
+    static constexpr bool FIXED = false;
     uint4 steps[4];
 
     DEVICE void load(const uint4* all, const u32*, int tile) {

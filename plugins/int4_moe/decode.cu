@@ -33,7 +33,8 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
     if (SHARED_SCALED) fetch_halves(pre_quant_scale, HIDDEN);
     await_turn(turn);
     u16* x = reinterpret_cast<u16*>(own);
-    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(x, residual, square_sums, norm, pre_quant_scale, rows, eps);
+    const AsHalves<Shared::STRIDE> halves = {x};
+    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(halves, residual, square_sums, norm, pre_quant_scale, rows, eps);
     __syncwarp();
     __shared__ float x_scales[ROUTE_WARPS][Shared::STEPS][COLUMNS];
     for (int row = 0; row < rows; ++row)

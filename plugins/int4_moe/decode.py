@@ -34,7 +34,8 @@ def moe_decode(
 ) -> None:
     """residual float32 [rows, hidden] += the layer of its norm, in place; square_sums float32 [rows, hidden / 16] of it.
 
-    square_sums may be norm.square_sums. turns: of the step, if its launches overlap. ValueError here and below: more than 16 rows.
+    square_sums may be norm.square_sums. turns: of the step, if its launches overlap. ValueError here and below: more than 16
+    rows.
     """
     route(residual, norm, weights, workspace, rows, turns)
     if rows <= COLUMNS:

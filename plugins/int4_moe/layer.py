@@ -135,8 +135,8 @@ class MoEWorkspace:
 class DecodeWorkspace(MoEWorkspace):
     """The same for `moe_decode`, which has kernels of its own for up to 8 rows.
 
-    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. done: counters, and logit_sums int64 [E]:
-    of a lone row's logits, both 0 between layers.
+    given float32 [rows, top_k, width / 64, hidden]: what each group of hidden values gives. logit_sums int64 [E]: what a lone
+    row's logits are made of. done: counters. Both are 0 between layers.
     """
 
     given: Tensor

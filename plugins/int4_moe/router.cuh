@@ -32,16 +32,6 @@ DEVICE void router_logits(const float* residual, const float* square_sums, const
     logits[row * EXPERTS + blockIdx.x * ROUTER_EXPERTS + mine] = logit_of(sum, rms);
 }
 
-// A quad of a group of 64 as fixed point; sixteen lanes a group, which all have its scale.
-DEVICE FixedQuad fix_quad(const float4& x, float* scale) {
-    float largest = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
-#pragma unroll
-    for (int offset = 8; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, offset));
-    const FixedScale by = fixed_scale(largest);
-    *scale = by.scale;
-    return fixed_quad(x, by.inverse);
-}
-
 // A quad of what the experts read, as fixed point. The scales of 8 rows stand side by side.
 DEVICE void store_inputs(const float4& x, int row, int quad, char* inputs, float* scales) {
     float scale;

@@ -10,17 +10,6 @@ constexpr u32 ALL = 0xffffffffu;
 constexpr float NONE = -3.0e38f;
 static_assert(EXPERTS <= 128 && TOP_K <= 15 && HIDDEN % 64 == 0, "sizes the kernels were written for");
 
-// Four values times four halves.
-DEVICE void scale_quad(float4& x, const uint2& by) {
-    x.x *= low_half(by.x), x.y *= high_half(by.x), x.z *= low_half(by.y), x.w *= high_half(by.y);
-}
-
-// x * rms * norm.
-DEVICE void normalise_quad(float4& x, const uint2& norm, float rms) {
-    x.x *= rms * low_half(norm.x), x.y *= rms * high_half(norm.x);
-    x.z *= rms * low_half(norm.y), x.w *= rms * high_half(norm.y);
-}
-
 // One of PARTS warps that share an expert's inputs.
 template <int PARTS>
 struct RouterRow {

@@ -6,6 +6,7 @@
 
 using DensePart = Slice<DENSE_IN, ROUTE_WARPS>;
 constexpr int DENSE_TILES = HIDDEN / TILE_ROWS, ROUTER_QUADS = EXPERTS * (TILE_ROWS / 4);
+constexpr int DENSE_RESIDENT = DENSE_TURNS == 1 && DensePart::STEPS <= 4 ? 3 : 2;  // blocks on a multiprocessor that registers allow
 static_assert(DENSE_TURNS == 1 || DENSE_TURNS == 2, "a block's tiles");
 
 struct Dense {

@@ -37,8 +37,8 @@ DEVICE void shared_up(SharedUp& held, int block, const float* residual, const fl
     float next = 1.f;
     if (next_scale && threadIdx.x < SHARED_TILES * TILE_ROWS) next = half_to_float(next_scale[output]);
     if (warp_id() < UP_WARPS) {
-        char* own = held.inputs[warp_id()];
-        normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(reinterpret_cast<u16*>(own), residual, square_sums, norm, scale, 1, eps);
+        u16* own = reinterpret_cast<u16*>(held.inputs[warp_id()]);
+        normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(AsHalves<Up::STRIDE>{own}, residual, square_sums, norm, scale, 1, eps);
         __syncwarp();
         fix_groups<Up::STEPS>(own, held.input_scales[warp_id()], Up::count());
     }

@@ -94,7 +94,9 @@ def projection(config: LanguageConfig, scaled: bool) -> LinearWeight:
     inputs = config.num_attention_heads * config.value_head_dim
     codes = torch.randint(-128, 128, (config.hidden_size // 2, inputs), dtype=torch.int8, device=DEVICE)
     scales = torch.rand(config.hidden_size, inputs // 64, device=DEVICE).add(0.5).half() / 5 / inputs**0.5
-    return LinearWeight(*int4_tiles(codes, scales), torch.rand(inputs, device=DEVICE).add(0.5).half() if scaled else None)
+    return LinearWeight(
+        *int4_tiles(codes, scales), torch.rand(inputs, device=DEVICE).add(0.5).half() if scaled else None
+    )
 
 
 def residuals(layer: Layer, rows: int = 16) -> Tensor:

@@ -207,8 +207,8 @@ class DecodeProgram:
         if layer.moe is not None:
             shared = [None if part is None else _tiles(part) for part in (layer.fc, layer.proj)]
             moe = MoEWeights(
-                router_tiles(layer.moe.router), layer.moe.correction_bias, layer.moe.routing, _tiles(layer.moe.fc), _tiles(layer.moe.proj),
-                *shared,
+                router_tiles(layer.moe.router), layer.moe.correction_bias, layer.moe.routing, _tiles(layer.moe.fc),
+                _tiles(layer.moe.proj), *shared,
             )  # fmt: skip
         dense = layer.moe is None
         coming = [layer.dense.codes, layer.dense.scales, *([] if moe is None else [moe.router, *moe.shared_expert])]

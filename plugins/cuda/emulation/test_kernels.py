@@ -92,17 +92,19 @@ def sums_of_16(residual: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("in_any_order")
-def test_linear_of_both_kinds_after_a_norm() -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 96), (2560, 32)])
+def test_linear_of_both_kinds_after_a_norm(inputs: int, outputs: int) -> None:
+    # Long rows become fixed point.
     torch.manual_seed(0)
-    codes, scales, weight = packed(96, 256)
-    halves = torch.randn(48, 256).half()
-    pre, norm_weight = torch.rand(256).add(0.5).half(), torch.rand(256).add(0.5).half()
+    codes, scales, weight = packed(outputs, inputs)
+    halves = torch.randn(48, inputs).half()
+    pre, norm_weight = torch.rand(inputs).add(0.5).half(), torch.rand(inputs).add(0.5).half()
     both = LinearWeight(codes, scales, pre, half_tiles(halves))
-    residual = torch.randn(9, 256)
+    residual = torch.randn(9, inputs)
     alone: list[Tensor] = []
     for first, rows in (*((row, 1) for row in range(9)), (0, 2), (0, 3), (0, 5), (0, 8), (0, 9)):
         x = residual[first : first + rows].clone()
-        out, half_out = torch.full((rows, 96), torch.nan).half(), torch.full((rows, 48), torch.nan).half()
+        out, half_out = torch.full((rows, outputs), torch.nan).half(), torch.full((rows, 48), torch.nan).half()
         decode.linear(x, both, out, rows, Norm(norm_weight, sums_of_16(x), EPS), half_out)
         wide = normalised(x, norm_weight)
         assert error(out, wide * pre.double() @ weight.t()) < 2e-3
@@ -126,14 +128,21 @@ def test_linear_that_adds_with_the_inputs_of_a_real_model() -> None:
 
 
 @pytest.mark.usefixtures("in_random_order")
-def test_linear_that_gates() -> None:
+@pytest.mark.parametrize("inputs", [192, 2560])
+def test_linear_that_gates(inputs: int) -> None:
     torch.manual_seed(0)
-    codes, scales, weight = packed(128, 192)
-    after, x = torch.rand(64).add(0.5).half(), torch.randn(9, 192).half()
-    gated = torch.full((9, 64), torch.nan).half()
-    decode.gated_linear(x, LinearWeight(codes, scales), gated, 9, next_scale=after)
-    up, gate = (x.double() @ weight.t()).chunk(2, -1)
-    assert error(gated, up * F.silu(gate) * after.double()) < 2e-3
+    codes, scales, weight = packed(128, inputs)
+    both, after = LinearWeight(codes, scales), torch.rand(64).add(0.5).half()
+    residual, norm_weight = torch.randn(9, inputs), torch.rand(inputs).add(0.5).half()
+    x = residual.half()
+    norm = Norm(norm_weight, sums_of_16(residual), EPS)
+    for source, wide, of in ((x, x.double(), None), (residual, normalised(residual, norm_weight), norm)):
+        gated, alone = torch.full((9, 64), torch.nan).half(), torch.full((1, 64), torch.nan).half()
+        decode.gated_linear(source, both, gated, 9, of, after)
+        up, gate = (wide @ weight.t()).chunk(2, -1)
+        assert error(gated, up * F.silu(gate) * after.double()) < 2e-3
+        decode.gated_linear(source[:1], both, alone, 1, of and Norm(norm_weight, norm.square_sums[:1], EPS), after)
+        assert torch.equal(alone[0], gated[0])
 
 
 def slow(*values: object) -> list[ParameterSet]:
