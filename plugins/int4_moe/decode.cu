@@ -1,7 +1,8 @@
 // A MoE layer for 1 to 16 activation rows in three launches: route (the router's product, the experts' inputs, and the shared
 // expert's first half), experts_up (every block picks the experts for itself: waiting for another block to do it would take longer),
 // experts_down. Rows are taken in tiles of 8; within a tile an expert's weights are read once for all its rows. A row alone has
-// kernels of its own (row.cu), and so have the experts of 2 to 8 rows (rows.cu), with the same sums in the same order.
+// kernels of its own from o_proj on (dense_row.cu, experts_row.cu), and so have the experts of up to 8 rows (rows.cu), with the same sums in the
+// same order.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
 // SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale; DOWN_BLOCK_WARPS: of
 // experts_down.

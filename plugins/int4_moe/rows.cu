@@ -1,4 +1,4 @@
-// The experts of 2 to 8 activation rows in one launch, after `route` of decode.cu: a lone row's experts_row (row.cu) with up to SLOTS of the
+// The experts of 1 to 8 activation rows in one launch, after `route` of decode.cu: a lone row's experts (experts_row.cu) with up to SLOTS of the
 // rows that chose an expert side by side. What each group of a row's hidden values gives is put down, and added up in the same order.
 // Macros: as decode.cu's.
 #define SLOTS 4
