@@ -14,8 +14,8 @@ union DenseOrShared {
 
 // Blocks 0 .. tile_blocks - 1 have the projection's tiles; the next launch waits for them as its turn, and for the parts of the shared expert
 // only where it adds up. `shared_blocks` blocks begin with those parts, and the first ones, the last of them first, go on with what is left,
-// which they may only if all blocks are there at once. Further blocks do nothing but keep their places until it is known where the next launch's blocks stand: on a
-// multiprocessor with two of the chosen experts' blocks these take half as long again.
+// which they may only if all blocks are there at once. Further blocks do nothing but keep their places until it is known where the next
+// launch's blocks stand: on a multiprocessor with two of the chosen experts' blocks these take half as long again.
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS, DENSE_RESIDENT)
     dense_row(const u16* x, const u16* dense_scale, const uint4* codes, const u32* scales, float* residual, float* square_sums,
               const float* router, u64* logit_sums, const u16* norm, float eps, const u16* shared_scale, const uint4* shared_codes,

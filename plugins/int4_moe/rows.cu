@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
         return;
     }
     const int row0 = (block - routed) / MERGE_BLOCKS * SLOTS;
-    const Given all = {given + size_t(row0) * TOP_K * DOWN_GROUPS * HIDDEN, Scores{logits + row0 * EXPERTS, nullptr, nullptr, 0.f}, bias, shared_codes, shared_scales,
+    const Scores scores = {logits + row0 * EXPERTS, nullptr, nullptr, 0.f};
+    const Given all = {given + size_t(row0) * TOP_K * DOWN_GROUPS * HIDDEN, scores, bias, shared_codes, shared_scales,
                        shared_hidden + size_t(row0) * SHARED, routed, 0};
     merge_part(*reinterpret_cast<Merge*>(shared), (block - routed) % MERGE_BLOCKS, smaller(SLOTS, rows - row0), all,
                residual + size_t(row0) * HIDDEN, square_sums + row0 * (HIDDEN / 16), done, turn);
