@@ -143,15 +143,10 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     if (LANDED) copy_commit();
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load_scales(step);
-    // A lone row's slice, in pieces of 8 halves.
-    constexpr int PIECES = STAGED && !NORMALISED ? (STEPS * 8 + 31) / 32 : 1;
-    auto piece_of = [&](int n) { return lane_id() + 32 * n; };
-    auto input_of = [&](int n) { return Part::group(piece_of(n) >> 3) * TILE_INPUTS + 8 * (piece_of(n) & 7); };
-    auto has_piece = [&](int n) { return STAGED && !NORMALISED && piece_of(n) < STEPS * 8 && Part::has(piece_of(n) >> 3); };
-    uint4 factor[PIECES];
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n)
-        if (SCALE && has_piece(n)) factor[n] = *reinterpret_cast<const uint4*>(a.pre_quant_scale + input_of(n));
+    // A lone row of halves goes by way of shared memory, too.
+    constexpr bool PIECES = STAGED && !NORMALISED;
+    RowPieces<Part, SCALE> pieces;
+    if (PIECES) pieces.load_scales(a.pre_quant_scale);
     // What the residual was, for the end: this thread's outputs.
     constexpr int OUTPUTS = (COUNT * TILE_ROWS * COLUMNS + THREADS - 1) / THREADS;
     float before[OUTPUTS];
@@ -180,16 +175,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         if (FIXED) normalise_rows<INPUTS, WARPS, SCALE>(fixed, residual, square_sums, a.norm, a.pre_quant_scale, rows, a.eps);
         else normalise_rows<INPUTS, WARPS, SCALE>(as_halves, residual, square_sums, a.norm, a.pre_quant_scale, rows, a.eps);
     }
-    uint4 piece[PIECES];
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n)
-        if (has_piece(n)) piece[n] = *reinterpret_cast<const uint4*>(halves + input_of(n));
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n) {
-        if (!has_piece(n)) continue;
-        if (SCALE) half2_scale(piece[n], factor[n]);
-        *reinterpret_cast<uint4*>(own_x + 8 * piece_of(n)) = piece[n];
-    }
+    if (PIECES) pieces.stage(own_x, halves);
     if (LANDED) copy_wait<0>();
     if (LANDED || STAGED) __syncwarp();
 

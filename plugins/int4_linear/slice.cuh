@@ -16,6 +16,35 @@ struct Slice {
     DEVICE static bool has(int step, int slice = warp_id()) { return (step + 1) * WARPS <= GROUPS || group(step, slice) < GROUPS; }
 };
 
+// A warp's slice of a lone row of halves, in pieces of 8, times a scale.
+template <class Part, bool SCALED>
+struct RowPieces {
+    static constexpr int COUNT = (Part::STEPS * 8 + 31) / 32;
+    uint4 factor[COUNT], piece[COUNT];
+
+    DEVICE static int piece_of(int n) { return lane_id() + 32 * n; }
+    DEVICE static int input_of(int n) { return Part::group(piece_of(n) >> 3) * TILE_INPUTS + 8 * (piece_of(n) & 7); }
+    DEVICE static bool has(int n) { return piece_of(n) < Part::STEPS * 8 && Part::has(piece_of(n) >> 3); }
+
+    DEVICE void load_scales(const u16* scales) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+            if (SCALED && has(n)) factor[n] = *reinterpret_cast<const uint4*>(scales + input_of(n));
+    }
+    // The row, to `own`; the caller waits with __syncwarp.
+    DEVICE void stage(u16* own, const u16* row) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n)
+            if (has(n)) piece[n] = *reinterpret_cast<const uint4*>(row + input_of(n));
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            if (!has(n)) continue;
+            if (SCALED) half2_scale(piece[n], factor[n]);
+            *reinterpret_cast<uint4*>(own + 8 * piece_of(n)) = piece[n];
+        }
+    }
+};
+
 // Partial sums of one tile in shared memory: a float at column * PARTIAL_COLUMN + output. 20 keeps stores free of conflicts.
 constexpr int PARTIAL_COLUMN = 20;
 
@@ -94,12 +123,7 @@ struct AsFixed {
     float* scales;
 
     DEVICE void operator()(const float4& x, int row, int step, int quad, bool there) const {
-        float scale;
-        const FixedQuad fixed = fix_quad(x, &scale);
-        if (!there) return;
-        u32* at = reinterpret_cast<u32*>(to + row * STRIDE + step * TILE_INPUTS) + quad;
-        at[0] = fixed.high, at[TILE_INPUTS / 4] = fixed.low;
-        if (quad == 0) scales[step * ROWS + row] = scale;
+        store_fixed(x, there, to + row * STRIDE + step * TILE_INPUTS, quad, scales + step * ROWS + row);
     }
 };
 

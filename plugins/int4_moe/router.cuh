@@ -34,13 +34,8 @@ DEVICE void router_logits(const float* residual, const float* square_sums, const
 
 // A quad of what the experts read, as fixed point. The scales of 8 rows stand side by side.
 DEVICE void store_inputs(const float4& x, int row, int quad, char* inputs, float* scales) {
-    float scale;
-    const FixedQuad fixed = fix_quad(x, &scale);
-    if (quad >= QUADS) return;
     const int group = quad / 16;
-    u32* to = reinterpret_cast<u32*>(inputs + (size_t(row) * Up::GROUPS + group) * GROUP_BYTES) + quad % 16;
-    to[0] = fixed.high, to[16] = fixed.low;
-    if (quad % 16 == 0) scales[group * COLUMNS + row] = scale;
+    store_fixed(x, quad < QUADS, inputs + (size_t(row) * Up::GROUPS + group) * GROUP_BYTES, quad % 16, scales + group * COLUMNS + row);
 }
 
 // A block's part of what the experts read: x * rms * norm * scale.

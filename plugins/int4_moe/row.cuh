@@ -1,4 +1,4 @@
-// What the blocks of a lone row's kernels (row.cu) and of several rows' (rows.cu) have in common.
+// What the blocks of a lone row's kernels (dense_row.cu, experts_row.cu) and of several rows' (rows.cu) have in common.
 #pragma once
 #include "int4_moe/router.cuh"
 #include "int4_linear/weights.cuh"

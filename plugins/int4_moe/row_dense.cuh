@@ -11,7 +11,7 @@ static_assert(DENSE_TURNS == 1 || DENSE_TURNS == 2, "a block's tiles");
 
 struct Dense {
     float4 router[DENSE_TURNS][ROUTER_QUADS];
-    char landing[larger(1, DENSE_TURNS - 1)][DENSE_TURNS > 1 ? ROUTE_WARPS : 1][DensePart::STEPS][Int4Weight::BYTES];  // of a second tile
+    char landing[DENSE_TURNS > 1 ? ROUTE_WARPS : 1][DensePart::STEPS][Int4Weight::BYTES];  // of a second tile
     u16 x[ROUTE_WARPS][DensePart::STEPS * TILE_INPUTS];
     float partials[DENSE_TURNS][ROUTE_WARPS][TILE_ROWS];
     float4 normed[DENSE_TURNS][TILE_ROWS / 4];  // new residual stream times the norm's weight
@@ -20,7 +20,7 @@ struct Dense {
 // Tile `tile`, and with DENSE_TURNS 2 tile + blocks, if it is there. router float32 [DENSE_TILES, EXPERTS, 16].
 DEVICE void dense_tiles(Dense& held, int tile, int blocks, const u16* from, const u16* scale, const uint4* codes, const u32* scales,
                         float* residual, float* square_sums, const float* router, const u16* norm, u64* logit_sums, const Turn& turn) {
-    constexpr int STEPS = DensePart::STEPS, THREADS = 32 * ROUTE_WARPS, PIECES = (STEPS * 8 + 31) / 32;
+    constexpr int STEPS = DensePart::STEPS, THREADS = 32 * ROUTE_WARPS;
     const int turns = DENSE_TURNS == 1 || tile + blocks >= DENSE_TILES ? 1 : 2;
     Int4Weight weight[STEPS];
 #pragma unroll
@@ -32,35 +32,21 @@ DEVICE void dense_tiles(Dense& held, int tile, int blocks, const u16* from, cons
 #pragma unroll
         for (int step = 0; i && step < STEPS; ++step)
             if (DensePart::has(step))
-                Int4Weight::land(held.landing[0][warp_id()][step], codes, scales, one * DensePart::GROUPS + DensePart::group(step));
+                Int4Weight::land(held.landing[DENSE_TURNS > 1 ? warp_id() : 0][step], codes, scales, one * DensePart::GROUPS + DensePart::group(step));
 #pragma unroll 1
         for (int at = threadIdx.x; at < ROUTER_QUADS; at += THREADS)
             copy_async(&held.router[i][at], router + 4 * (size_t(one) * ROUTER_QUADS + at));
     }
     copy_commit();
-    // A warp's slice of the inputs, in pieces of 8 halves.
-    auto piece_of = [&](int n) { return lane_id() + 32 * n; };
-    auto input_of = [&](int n) { return DensePart::group(piece_of(n) >> 3) * TILE_INPUTS + 8 * (piece_of(n) & 7); };
-    auto has_piece = [&](int n) { return piece_of(n) < STEPS * 8 && DensePart::has(piece_of(n) >> 3); };
-    uint4 factor[PIECES], piece[PIECES];
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n)
-        if (DENSE_SCALED && has_piece(n)) factor[n] = *reinterpret_cast<const uint4*>(scale + input_of(n));
+    RowPieces<DensePart, DENSE_SCALED != 0> pieces;
+    pieces.load_scales(scale);
     // The first 16 threads, or 32, have an output each.
     const int own = threadIdx.x / TILE_ROWS, output = (tile + own * blocks) * TILE_ROWS + threadIdx.x % TILE_ROWS;
     const bool mine = own < turns;
     float was = 0.f, by = 0.f;
     if (mine) was = residual[output], by = half_to_float(norm[output]);
     await_turn(turn);
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n)
-        if (has_piece(n)) piece[n] = *reinterpret_cast<const uint4*>(from + input_of(n));
-#pragma unroll
-    for (int n = 0; n < PIECES; ++n) {
-        if (!has_piece(n)) continue;
-        if (DENSE_SCALED) half2_scale(piece[n], factor[n]);
-        *reinterpret_cast<uint4*>(held.x[warp_id()] + 8 * piece_of(n)) = piece[n];
-    }
+    pieces.stage(held.x[warp_id()], from);
     copy_wait<0>();
     __syncwarp();
 #pragma unroll 1
@@ -69,7 +55,7 @@ DEVICE void dense_tiles(Dense& held, int tile, int blocks, const u16* from, cons
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             if (!DensePart::has(step)) continue;
-            if (i) weight[step].take(held.landing[0][warp_id()][step]);
+            if (i) weight[step].take(held.landing[DENSE_TURNS > 1 ? warp_id() : 0][step]);
             weight[step].multiply(sum, load_activation(held.x[warp_id()], 0, step, lane_id() < 4));
         }
         if ((lane_id() & 3) == 0) {

@@ -58,12 +58,7 @@ struct InputQuads {
                 normalise_quad(x[i], norm[i], rms);
                 if (EXPERT_SCALED) scale_quad(x[i], scale[i]);
             }
-            float by;
-            const FixedQuad fixed = fix_quad(x[i], &by);
-            if (quad >= QUADS) continue;
-            u32* to = reinterpret_cast<u32*>(held.inputs[0][slice] + step * GROUP_BYTES) + quad % 16;
-            to[0] = fixed.high, to[16] = fixed.low;
-            if (quad % 16 == 0) held.input_scales[slice][step][0] = by;
+            store_fixed(x[i], quad < QUADS, held.inputs[0][slice] + step * GROUP_BYTES, quad % 16, held.input_scales[slice][step]);
         }
     }
 };

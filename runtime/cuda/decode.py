@@ -51,6 +51,11 @@ class _Layer:
     proj: LinearWeight | None
     coming: Ahead
 
+    @property
+    def has_row_kernels(self) -> bool:
+        """Whether a lone row goes from attention to the experts' sum by `dense_row` and `experts_row`."""
+        return self.moe is not None and takes(self.dense)
+
 
 class DecodeProgram:
     """Launches steps of 1 to `max_rows` rows over caches of `positions` positions (batch 1).
@@ -125,7 +130,8 @@ class DecodeProgram:
         layer = self._layers[index]
         linear(self.residual, layer.qkv, self._q, rows, layer.input_norm, self._kv, turns)
         self._attend(layer, self.cache.layers[index], cursor, rows, span, turns)
-        if rows == 1 and layer.moe is not None and takes(layer.dense):
+        if rows == 1 and layer.has_row_kernels:
+            assert layer.moe is not None
             assert self._moe is not None
             dense_row(self._attended, layer.dense, self.residual, layer.post_norm, layer.moe, self._moe, turns)
             return
@@ -136,7 +142,7 @@ class DecodeProgram:
         layer = self._layers[index]
         if layer.moe is not None:
             assert self._moe is not None
-            if rows == 1 and takes(layer.dense):
+            if rows == 1 and layer.has_row_kernels:
                 experts_row(self.residual, self.square_sums, layer.post_norm, layer.moe, self._moe, turns)
                 return
             moe_decode(self.residual, self.square_sums, layer.post_norm, layer.moe, self._moe, rows, turns)

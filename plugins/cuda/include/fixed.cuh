@@ -35,14 +35,18 @@ DEVICE FixedQuad fixed_quad(const float4& x, float inverse) {
     return {__byte_perm(high_parts(a, c), high_parts(b, d), 0x5410), __byte_perm(low_parts(a, c), low_parts(b, d), 0x5410)};
 }
 
-// A quad of a group of 64 as fixed point; sixteen lanes a group, which all have its scale.
-DEVICE FixedQuad fix_quad(const float4& x, float* scale) {
+// Quad `quad` of a group of 64 becomes fixed point in its place, and the group's scale with the first one; sixteen lanes a group, all or none of
+// them there.
+DEVICE void store_fixed(const float4& x, bool there, void* group, int quad, float* scale) {
     float largest = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
 #pragma unroll
     for (int offset = 8; offset; offset >>= 1) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
     const FixedScale by = fixed_scale(largest);
-    *scale = by.scale;
-    return fixed_quad(x, by.inverse);
+    const FixedQuad fixed = fixed_quad(x, by.inverse);
+    if (!there) return;
+    u32* to = static_cast<u32*>(group) + quad;
+    to[0] = fixed.high, to[TILE_INPUTS / 4] = fixed.low;
+    if (quad == 0) *scale = by.scale;
 }
 
 DEVICE u32 half2_larger(u32 a, u32 b) {
