@@ -67,7 +67,8 @@ def test_linear(model: str, layer: str, arch: str) -> None:
         values = dict(macros)
         held = int(values["INT4_BLOCK"]) * (2 if epilogue == 2 else 1)
         rows = 1 if one_row else ROWS
-        shared = linear.shared_bytes(inputs, warps, rows, tiles=held, staged=normalised or one_row)
+        factors = linear.norm_factors(True) if normalised and not one_row else 0
+        shared = linear.shared_bytes(inputs, warps, rows, tiles=held, staged=normalised or one_row, factors=factors)
         check(linear.SOURCE, values, arch, 32 * warps, shared)
         assert blocks >= halves
 
@@ -109,7 +110,9 @@ def experts(config: LanguageConfig) -> MoEWeights:
 def test_experts(model: str, arch: str) -> None:
     layer = experts(language_size(model))
     hidden = layer.hidden
-    route = linear.shared_bytes(hidden, 8, ROWS, tiles=2, staged=True)
+    route = linear.shared_bytes(
+        hidden, 8, ROWS, tiles=2 * layer.shared_pairs, staged=True, factors=linear.norm_factors(True)
+    )
     threads = {"route": 256, "fix_inputs": 256, "experts_up": 256, "experts_down": 32 * down_warps(hidden)}
     check(moe.SOURCE, dict(layer.macros), arch, threads, {"route": route, "experts_up": moe.up_bytes(hidden)})
 

@@ -35,11 +35,12 @@ struct Arguments {
     const u16* next_scale;       // [tiles / 2 * 16] or null
 };
 
-// Bytes of shared memory a warp has, for its activations first and for its partial sums then.
+// Bytes of shared memory a warp has, for its activations and what they are multiplied with first, and for its partial sums then.
+DEVICE int activation_bytes(int rows) { return STAGED ? rows * Part::STRIDE * 2 : 0; }
 DEVICE int warp_bytes(int rows) {
     constexpr int tiles = PAIR * larger(INT4_TILES ? INT4_BLOCK : 0, HALF_TILES ? HALF_BLOCK : 0);
-    const int staged = STAGED ? rows * Part::STRIDE * 2 : 0;
-    return larger(tiles * COLUMNS * PARTIAL_COLUMN * 4, staged);
+    constexpr int factors = NORMALISED && !ONE_ROW ? (1 + SCALED) * NormSlice<Part, SCALED>::HALVES * 2 : 0;
+    return larger(tiles * COLUMNS * PARTIAL_COLUMN * 4, activation_bytes(rows) + factors);
 }
 
 // This lane's part of one group of the half activations, straight from global memory.
@@ -77,16 +78,25 @@ DEVICE void multiply_fixed(float (&sum)[TILES][4], const Int4Weight (&weight)[TI
 template <int TILES>
 DEVICE void multiply_fixed(float (&)[TILES][4], const HalfWeight (&)[TILES], const u16*, const float*, int) {}  // never called
 
+template <bool SCALE, class Store>
+DEVICE void normalise(const Store& store, const Arguments& a, const float* residual, const float* square_sums,
+                      const NormSlice<Part, SCALE>& by, int rows) {
+    if (ONE_ROW) normalise_row<INPUTS, WARPS, SCALE, 1>(store, residual, square_sums, a.norm, a.pre_quant_scale, a.eps);
+    else normalise_rows<INPUTS, WARPS, SCALE>(store, residual, square_sums, by, rows, a.eps);
+}
+
 // The tiles, or pairs of tiles, first .. first + COUNT - 1 of `count`.
 template <class Weight, int COUNT, bool SCALE>
 DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, int first, int count, int all_rows,
                  const Turn& turn) {
     extern __shared__ uint4 shared[];
     constexpr int TILES = PAIR * COUNT, GROUPS = Part::GROUPS, STEPS = Part::STEPS;
+    // Normalised rows become fixed point at once, where they are long enough to be worth it.
+    constexpr bool FIXED = NORMALISED && Weight::FIXED && STEPS > 4;
     // Registers a step needs: as many steps are under way as fit beside the rest.
     constexpr int WEIGHT = Weight::REGISTERS * TILES;
     constexpr int STEP = STAGED ? WEIGHT : WEIGHT + (SCALE ? 16 : 8);
-    constexpr int DEPTH = smaller(STEPS, larger(1, (STAGED ? (Weight::BYTES ? 72 : 80) : WARPS > 8 ? 72 : 88) / STEP));
+    constexpr int DEPTH = smaller(STEPS, larger(1, (STAGED ? (FIXED && !ONE_ROW ? 40 : Weight::BYTES ? 72 : ONE_ROW || STEPS < 5 ? 80 : 64) : WARPS > 8 ? 72 : 88) / STEP));
 
     // Of the others, as many as fit go by way of shared memory.
     constexpr int STEP_BYTES = TILES * Weight::BYTES;
@@ -98,8 +108,6 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     const int row0 = ONE_ROW ? 0 : blockIdx.y * COLUMNS, rows = ONE_ROW ? 1 : smaller(COLUMNS, all_rows - row0);
     const int bytes = warp_bytes(ONE_ROW ? 1 : smaller(COLUMNS, all_rows));
     char* own = reinterpret_cast<char*>(shared) + warp_id() * bytes;
-    // Normalised rows become fixed point at once, where they are long enough to be worth it.
-    constexpr bool FIXED = NORMALISED && Weight::FIXED && STEPS > 4;
     u16* own_x = reinterpret_cast<u16*>(own);
     __shared__ float all_scales[FIXED ? WARPS : 1][STEPS][SCALE_ROWS];
     float* x_scales = all_scales[FIXED ? warp_id() : 0][0];
@@ -109,15 +117,17 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         const int item = smaller(first + r % COUNT, count - 1);
         return r < COUNT ? item : count + item;
     };
-    Weight weight[DEPTH][TILES];
+    Weight weight[STEPS][TILES];
     auto load_weights = [&](int step) {
         if (!Part::has(step)) return;
-        const int place = step - DEPTH;  // in `landing`
 #pragma unroll
-        for (int r = 0; r < TILES; ++r) {
-            if (place >= 0 && place < LANDED) weight[step % DEPTH][r].take(landed(place, r));
-            else weight[step % DEPTH][r].load(weights, scales, tile_of(r) * GROUPS + Part::group(step));
-        }
+        for (int r = 0; r < TILES; ++r) weight[step][r].load(weights, scales, tile_of(r) * GROUPS + Part::group(step));
+    };
+    auto in_landing = [&](int step) { return step >= DEPTH && step < DEPTH + LANDED; };
+    auto take_weights = [&](int step) {
+        if (!Part::has(step)) return;
+#pragma unroll
+        for (int r = 0; r < TILES; ++r) weight[step][r].take(landed(step - DEPTH, r));
     };
     const bool present = (lane_id() >> 2) < rows;
     const u16* halves = static_cast<const u16*>(a.x) + size_t(row0) * INPUTS;
@@ -131,6 +141,8 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         if (!STAGED && Part::has(step)) x[step % DEPTH] = load_direct(halves, Part::group(step), present);
     };
 
+    const NormSlice<Part, SCALE> by = {own_x + activation_bytes(smaller(COLUMNS, all_rows)) / 2};
+    if (NORMALISED && !ONE_ROW) by.ask(a.norm, a.pre_quant_scale);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load_weights(step);
 #pragma unroll
@@ -160,7 +172,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
                 before[n] = a.residual[size_t(row0 + column) * count * TILE_ROWS + item * TILE_ROWS + (index & 15)];
         }
     }
-    if (NORMALISED) {
+    if (NORMALISED && ONE_ROW) {
         fetch_halves(a.norm, INPUTS);
         if (SCALE) fetch_halves(a.pre_quant_scale, INPUTS);
     }
@@ -172,8 +184,12 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
         const float* square_sums = a.square_sums + row0 * (INPUTS / 16);
         const AsFixed<Part::STRIDE, SCALE_ROWS> fixed = {own_x, x_scales};
         const AsHalves<Part::STRIDE> as_halves = {own_x};
-        if (FIXED) normalise_rows<INPUTS, WARPS, SCALE>(fixed, residual, square_sums, a.norm, a.pre_quant_scale, rows, a.eps);
-        else normalise_rows<INPUTS, WARPS, SCALE>(as_halves, residual, square_sums, a.norm, a.pre_quant_scale, rows, a.eps);
+        if (!ONE_ROW) {
+            copy_wait<LANDED ? 1 : 0>();
+            __syncwarp();
+        }
+        if (FIXED) normalise<SCALE>(fixed, a, residual, square_sums, by, rows);
+        else normalise<SCALE>(as_halves, a, residual, square_sums, by, rows);
     }
     if (PIECES) pieces.stage(own_x, halves);
     if (LANDED) copy_wait<0>();
@@ -183,7 +199,7 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
         if (FIXED) {
-            if (Part::has(step)) multiply_fixed(sum, weight[step % DEPTH], own_x + step * TILE_INPUTS, x_scales + step * SCALE_ROWS, rows);
+            if (Part::has(step)) multiply_fixed(sum, weight[step], own_x + step * TILE_INPUTS, x_scales + step * SCALE_ROWS, rows);
         } else if (Part::has(step)) {
             Activation now = x[step % DEPTH];
             if (STAGED) {
@@ -193,10 +209,13 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
                 half2_scale(now.second, scale[step % DEPTH].second);
             }
 #pragma unroll
-            for (int r = 0; r < TILES; ++r) weight[step % DEPTH][r].multiply(sum[r], now);
+            for (int r = 0; r < TILES; ++r) weight[step][r].multiply(sum[r], now);
         }
+        // What comes next of those that are not in `landing`.
+        const int next = step < DEPTH ? step + DEPTH + LANDED : step + DEPTH;
+        if (!in_landing(step) && next < STEPS) load_weights(next);
+        if (in_landing(step + DEPTH)) take_weights(step + DEPTH);
         if (step + DEPTH < STEPS) {
-            load_weights(step + DEPTH);
             load_scales(step + DEPTH);
             load_inputs(step + DEPTH);
         }

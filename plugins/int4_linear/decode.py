@@ -119,11 +119,19 @@ def macros(
     return values, -(-count // block) + halves, warps
 
 
-def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, staged: bool) -> int:
-    """Shared memory of a block: of each warp its activations, if they are staged there, and later its partial sums."""
+def shared_bytes(inputs: int, warps: int, rows: int, *, tiles: int, staged: bool, factors: int = 0) -> int:
+    """Shared memory of a block: of each warp its activations, if they are staged there, and later its partial sums.
+
+    factors: how many vectors of a factor for each input are beside them.
+    """
     steps = -(-(inputs // 64) // warps)
-    activations = rows * (steps * 64 + 8) * 2 if staged else 0
+    activations = (rows * (steps * 64 + 8) + factors * steps * 64) * 2 if staged else 0
     return warps * max(tiles * COLUMNS * 20 * 4, activations)
+
+
+def norm_factors(scaled: bool) -> int:
+    """What several rows' inputs are multiplied with: a norm's weight, and pre_quant_scale if there is one."""
+    return 1 + scaled
 
 
 def _launch(
@@ -148,7 +156,10 @@ def _launch(
     )  # fmt: skip
     parameters = dict(values)
     tiles = int(parameters["INT4_BLOCK"]) * (2 if epilogue == _GATED else 1)
-    shared = shared_bytes(weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, staged=norm is not None or rows == 1)
+    shared = shared_bytes(
+        weight.inputs, warps, min(rows, COLUMNS), tiles=tiles, staged=norm is not None or rows == 1,
+        factors=norm_factors(scale is not None) if norm is not None and rows > 1 else 0,
+    )  # fmt: skip
     launch_in_turn(
         turns,
         kernel(SOURCE, "linear", values),

@@ -69,8 +69,8 @@ DEVICE float sum_partials(const float* partial, int stride) {
     return total;
 }
 
-// 1 / sqrt(mean of squares + eps) of row g in lanes 4g .. 4g + 3, from the sums of 16 squares each.
-template <int INPUTS>
+// 1 / sqrt(mean of squares + eps) of row g in lanes 4g .. 4g + 3, from the sums of 16 squares each. AT_ONCE: loads of a lane under way.
+template <int INPUTS, int AT_ONCE = 64>
 DEVICE float reciprocal_rms(const float* square_sums, int rows, float eps) {
     constexpr int quads = INPUTS / 64;
     const int g = lane_id() >> 2, t = lane_id() & 3;
@@ -78,7 +78,7 @@ DEVICE float reciprocal_rms(const float* square_sums, int rows, float eps) {
     if (g < rows) {
         const float4* row = reinterpret_cast<const float4*>(square_sums + g * (INPUTS / 16));
         float4 part = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
+#pragma unroll AT_ONCE
         for (int quad = 0; quad < quads; quad += 4) {
             if (quad + t < quads) {
                 const float4 more = row[quad + t];
@@ -127,53 +127,104 @@ struct AsFixed {
     }
 };
 
+// As fixed point of what they are as halves.
+template <int STRIDE, int ROWS>
+struct AsFixedHalves : AsFixed<STRIDE, ROWS> {
+    DEVICE void operator()(const float4& x, int row, int step, int quad, bool there) const {
+        AsFixed<STRIDE, ROWS>::operator()(quad_of(floats_to_halves(x.x, x.y), floats_to_halves(x.z, x.w)), row, step, quad, there);
+    }
+};
+
 // One warp: its slice of x * rms * weight * scale, to `store`; the caller waits with __syncwarp.
 // residual [rows][INPUTS], square_sums [rows][INPUTS / 16].
-// LOADS: how many a lane has under way at once; 4 are a row's whole slice up to 4,096 inputs on 8 warps.
+// Of one row, with LOADS under way at once in a lane.
 template <int INPUTS, int WARPS, bool SCALED, int LOADS, class Store>
-DEVICE void normalise_slice(const Store& store, const float* residual, const float* square_sums, const u16* weight,
-                            const u16* pre_quant_scale, int rows, float eps) {
+DEVICE void normalise_row(const Store& store, const float* residual, const float* square_sums, const u16* weight,
+                          const u16* pre_quant_scale, float eps) {
     using Part = Slice<INPUTS, WARPS>;
     float4 value[LOADS];
     uint2 factor[LOADS], scale[LOADS];
-    const int slots = rows * Part::STEPS, quad = lane_id() & 15;  // a slot is one group of one row: 16 lanes of 4 inputs
-    auto there = [&](int slot, int step) { return slot < slots && Part::group(step) < Part::GROUPS; };
-
+    const int quad = lane_id() & 15;  // 16 lanes of 4 inputs a group
+    auto step_of = [&](int base, int c) { return base + 2 * c + (lane_id() >> 4); };
+    auto there = [&](int step) { return step < Part::STEPS && Part::group(step) < Part::GROUPS; };
     auto load = [&](int base) {
 #pragma unroll
         for (int c = 0; c < LOADS; ++c) {
-            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS, step = slot - row * Part::STEPS;
+            const int step = step_of(base, c);
             if (Store::EVERY_LANE) value[c] = {0.f, 0.f, 0.f, 0.f};
-            if (!there(slot, step)) continue;
+            if (!there(step)) continue;
             const int input = Part::group(step) * TILE_INPUTS + 4 * quad;
-            value[c] = *reinterpret_cast<const float4*>(residual + size_t(row) * INPUTS + input);
+            value[c] = *reinterpret_cast<const float4*>(residual + input);
             factor[c] = *reinterpret_cast<const uint2*>(weight + input);
             if (SCALED) scale[c] = *reinterpret_cast<const uint2*>(pre_quant_scale + input);
         }
     };
-
     load(0);
-    const float rms = reciprocal_rms<INPUTS>(square_sums, rows, eps);
-    for (int base = 0; base < slots; base += 2 * LOADS) {
+    const float rms = __shfl_sync(0xffffffffu, reciprocal_rms<INPUTS>(square_sums, 1, eps), 0);
+    for (int base = 0; base < Part::STEPS; base += 2 * LOADS) {
 #pragma unroll
         for (int c = 0; c < LOADS; ++c) {
-            const int slot = base + 2 * c + (lane_id() >> 4), row = slot / Part::STEPS, step = slot - row * Part::STEPS;
-            const float row_rms = __shfl_sync(0xffffffffu, rms, 4 * (row & 7));
-            const bool mine = there(slot, step);
+            const int step = step_of(base, c);
+            const bool mine = there(step);
             if (mine) {
-                normalise_quad(value[c], factor[c], row_rms);
+                normalise_quad(value[c], factor[c], rms);
                 if (SCALED) scale_quad(value[c], scale[c]);
             }
-            if (mine || Store::EVERY_LANE) store(value[c], row, step, quad, mine);
+            if (mine || Store::EVERY_LANE) store(value[c], 0, step, quad, mine);
         }
-        load(base + 2 * LOADS);
+        if (base + 2 * LOADS < Part::STEPS) load(base + 2 * LOADS);
     }
 }
 
-// The same with as many loads under way as the rows are worth.
+// What several rows are multiplied with, of a warp's slice of the inputs, in shared memory: a norm's weight, then a scale.
+template <class Part, bool SCALED>
+struct NormSlice {
+    static constexpr int HALVES = Part::STEPS * TILE_INPUTS;
+    u16* weight;  // [HALVES], and another [HALVES] if SCALED
+
+    // One warp; the caller waits.
+    DEVICE void ask(const u16* weights, const u16* scales) const {
+#pragma unroll 1
+        for (int i = lane_id(); i < Part::STEPS * 8; i += 32) {
+            if (!Part::has(i >> 3)) continue;
+            const int input = Part::group(i >> 3) * TILE_INPUTS + 8 * (i & 7);
+            copy_async(weight + 8 * i, weights + input);
+            if (SCALED) copy_async(weight + HALVES + 8 * i, scales + input);
+        }
+        copy_commit();
+    }
+};
+
+// Of several rows, two at a time: half a warp has a row's group, and asks for the one after the next when it takes it.
 template <int INPUTS, int WARPS, bool SCALED, class Store>
-DEVICE void normalise_rows(const Store& store, const float* residual, const float* square_sums, const u16* weight,
-                           const u16* pre_quant_scale, int rows, float eps) {
-    if (rows <= 2) normalise_slice<INPUTS, WARPS, SCALED, 1>(store, residual, square_sums, weight, pre_quant_scale, rows, eps);
-    else normalise_slice<INPUTS, WARPS, SCALED, 4>(store, residual, square_sums, weight, pre_quant_scale, rows, eps);
+DEVICE void normalise_rows(const Store& store, const float* residual, const float* square_sums,
+                           const NormSlice<Slice<INPUTS, WARPS>, SCALED>& by, int rows, float eps) {
+    using Part = Slice<INPUTS, WARPS>;
+    float4 value[Part::STEPS];
+    const int quad = lane_id() & 15;
+    int row = lane_id() >> 4;
+    int from = row * INPUTS + Part::group(0) * TILE_INPUTS + 4 * quad;
+    auto load = [&](int step) { value[step] = *reinterpret_cast<const float4*>(residual + from + step * WARPS * TILE_INPUTS); };
+#pragma unroll
+    for (int step = 0; step < Part::STEPS; ++step) {
+        value[step] = {0.f, 0.f, 0.f, 0.f};
+        if (Part::has(step) && row < rows) load(step);
+    }
+    const float rms = reciprocal_rms<INPUTS, Part::STEPS <= 4 ? 64 : 5>(square_sums, rows, eps);  // registers are few with more steps
+#pragma unroll 1
+    for (int first = 0; first < rows; first += 2, row += 2) {
+        const float row_rms = __shfl_sync(0xffffffffu, rms, 4 * (row & 7));
+        const bool mine = row < rows, more = row < rows - 2;
+        from += 2 * INPUTS;
+#pragma unroll
+        for (int step = 0; step < Part::STEPS; ++step) {
+            if (!Part::has(step)) continue;
+            float4 x = value[step];
+            if (more) load(step);
+            const uint2* factor = reinterpret_cast<const uint2*>(by.weight) + step * (TILE_INPUTS / 4) + quad;
+            normalise_quad(x, factor[0], row_rms);
+            if (SCALED) scale_quad(x, factor[by.HALVES / 4]);
+            if (mine || Store::EVERY_LANE) store(x, row, step, quad, mine);
+        }
+    }
 }

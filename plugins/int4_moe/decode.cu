@@ -4,42 +4,56 @@
 // kernels of its own from o_proj on (dense_row.cu, experts_row.cu), and so have the experts of up to 8 rows (rows.cu), with the same sums in the
 // same order.
 // Macros: HIDDEN, WIDTH (of an expert), EXPERTS, TOP_K, SHARED (width of the shared expert, 0: none); SIGMOID, NORMALISE,
-// SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale; DOWN_BLOCK_WARPS: of
-// experts_down.
+// SCALING, BIASED: the routing; EXPERT_SCALED, SHARED_SCALED: which activations have a pre_quant_scale; SHARED_PAIRS: of tiles, a block
+// of `route`; DOWN_BLOCK_WARPS: of experts_down.
 #include "int4_moe/router.cuh"
 #include "int4_linear/weights.cuh"
 
 // ---- the shared expert's first half -----------------------------------------------------------------------------
 
 #if SHARED
-constexpr int SHARED_BLOCKS = SHARED / TILE_ROWS;  // a block a tile of up weights, and its gates
+// A block has SHARED_PAIRS tiles of up weights, and their gates.
+constexpr int PAIRS = SHARED_PAIRS, SHARED_TILES = SHARED / TILE_ROWS, SHARED_BLOCKS = SHARED_TILES / PAIRS;
+static_assert(SHARED_TILES % PAIRS == 0, "sizes the kernels were written for");
 using Shared = Slice<HIDDEN, ROUTE_WARPS>;
 
 DEVICE void shared_up(char* own, int bytes, const float* residual, const float* square_sums, const u16* norm, float eps,
                       const u16* pre_quant_scale, const uint4* codes, const u32* scales, const u16* next_scale, u16* out,
                       int rows, const Turn& turn) {
-    constexpr int TILES = 2, DEPTH = smaller(Shared::STEPS, 8);
-    const int tile = blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS;
-    Int4Weight weight[DEPTH][TILES];
+    constexpr int TILES = 2 * PAIRS, DEPTH = smaller(Shared::STEPS, PAIRS == 1 ? 8 : 2);  // steps of weights in registers
+    // With two pairs the others go by way of shared memory, so that all are under way from the start.
+    constexpr int LANDED = PAIRS == 1 ? 0 : Shared::STEPS - DEPTH;
+    __shared__ __align__(16) char landing[ROUTE_WARPS][larger(1, LANDED)][TILES][Int4Weight::BYTES];
+    const int tile = (blockIdx.x - ROUTER_BLOCKS - INPUT_BLOCKS) * PAIRS;
+    Int4Weight weight[Shared::STEPS][TILES];
+    auto place_of = [&](int r, int step) { return (tile + r % PAIRS + r / PAIRS * SHARED_TILES) * Shared::GROUPS + Shared::group(step); };
     auto load = [&](int step) {
-        if (Shared::has(step)) {
+        if (!Shared::has(step)) return;
 #pragma unroll
-            for (int r = 0; r < TILES; ++r)
-                weight[step % DEPTH][r].load(codes, scales, (tile + r * SHARED_BLOCKS) * Shared::GROUPS + Shared::group(step));
+        for (int r = 0; r < TILES; ++r) {
+            if (LANDED && step >= DEPTH) weight[step][r].take(landing[warp_id()][step - DEPTH][r]);
+            else weight[step][r].load(codes, scales, place_of(r, step));
         }
     };
+    u16* x = reinterpret_cast<u16*>(own);
+    const NormSlice<Shared, SHARED_SCALED != 0> by = {x + rows * Shared::STRIDE};
+    by.ask(norm, pre_quant_scale);
 #pragma unroll
     for (int step = 0; step < DEPTH; ++step) load(step);
-    fetch_halves(norm, HIDDEN);
-    if (SHARED_SCALED) fetch_halves(pre_quant_scale, HIDDEN);
+#pragma unroll
+    for (int step = DEPTH; step < DEPTH + LANDED; ++step) {
+        if (!Shared::has(step)) continue;
+#pragma unroll
+        for (int r = 0; r < TILES; ++r) Int4Weight::land(landing[warp_id()][step - DEPTH][r], codes, scales, place_of(r, step));
+    }
+    copy_commit();
     await_turn(turn);
-    u16* x = reinterpret_cast<u16*>(own);
-    const AsHalves<Shared::STRIDE> halves = {x};
-    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(halves, residual, square_sums, norm, pre_quant_scale, rows, eps);
-    __syncwarp();
     __shared__ float x_scales[ROUTE_WARPS][Shared::STEPS][COLUMNS];
-    for (int row = 0; row < rows; ++row)
-        fix_groups<Shared::STEPS, COLUMNS>(x + row * Shared::STRIDE, x_scales[warp_id()][0] + row, Shared::count());
+    const AsFixedHalves<Shared::STRIDE, COLUMNS> fixed = {x, x_scales[warp_id()][0]};
+    copy_wait<1>();
+    __syncwarp();
+    normalise_rows<HIDDEN, ROUTE_WARPS, SHARED_SCALED != 0>(fixed, residual, square_sums, by, rows, eps);
+    copy_wait<0>();
     __syncwarp();
     const int in_row = smaller(lane_id() >> 2, rows - 1);  // what a row that is not there gives is never used
     float sum[TILES][4] = {};
@@ -50,7 +64,7 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
             const float2 scale = *reinterpret_cast<const float2*>(x_scales[warp_id()][step] + 2 * (lane_id() & 3));
 #pragma unroll
             for (int r = 0; r < TILES; ++r) {
-                const Int4Weight& w = weight[step % DEPTH][r];
+                const Int4Weight& w = weight[step][r];
                 fixed_tile(sum[r], w.codes, w.scale, now, scale);
             }
         }
@@ -62,11 +76,12 @@ DEVICE void shared_up(char* own, int bytes, const float* residual, const float* 
     for (int r = 0; r < TILES; ++r) store_partial(partial + r * COLUMNS * PARTIAL_COLUMN, sum[r], rows);
     __syncthreads();
     partial -= warp_id() * bytes / 4;
-    const int column = threadIdx.x >> 4, output = tile * TILE_ROWS + (threadIdx.x & 15);
+    const int column = threadIdx.x / (PAIRS * TILE_ROWS), pair = threadIdx.x / TILE_ROWS % PAIRS, at_tile = threadIdx.x % TILE_ROWS;
+    const int output = (tile + pair) * TILE_ROWS + at_tile;
     if (column >= rows) return;
-    const float* at = partial + column * PARTIAL_COLUMN + (threadIdx.x & 15);
+    const float* at = partial + (pair * COLUMNS + column) * PARTIAL_COLUMN + at_tile;
     float y = sum_partials<ROUTE_WARPS>(at, bytes / 4);
-    y *= silu(sum_partials<ROUTE_WARPS>(at + COLUMNS * PARTIAL_COLUMN, bytes / 4));
+    y *= silu(sum_partials<ROUTE_WARPS>(at + PAIRS * COLUMNS * PARTIAL_COLUMN, bytes / 4));
     if (next_scale) y *= half_to_float(next_scale[output]);
     out[size_t(column) * SHARED + output] = float_to_half(y);
 }

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trtvlm.plugins.cuda.launch import kernel
 from trtvlm.plugins.cuda.turns import Turns, launch_in_turn
-from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, shared_bytes
+from trtvlm.plugins.int4_linear.decode import COLUMNS, Norm, check_rows, norm_factors, shared_bytes
 from trtvlm.plugins.int4_moe.layer import (
     INPUT_VALUES,
     ROUTE_WARPS,
@@ -51,12 +51,14 @@ def route(
     """The router's product, the experts' inputs, and the shared expert up to its gated product."""
     check_rows(rows)
     experts, hidden = weights.experts, weights.hidden
-    shared_tiles = weights.shared_width // 16
-    blocks = router_blocks(experts, hidden) + shared_tiles
+    blocks = router_blocks(experts, hidden) + weights.shared_width // (16 * weights.shared_pairs)
     grid = (blocks, -(-rows // COLUMNS))
     fc_scale, fc_codes, fc_scales = parts(weights.shared_fc)
     proj_scale, _, _ = parts(weights.shared_proj)
-    shared = shared_bytes(hidden, ROUTE_WARPS, min(rows, COLUMNS), tiles=2, staged=True)
+    factors = norm_factors(fc_scale is not None)
+    shared = shared_bytes(
+        hidden, ROUTE_WARPS, min(rows, COLUMNS), tiles=2 * weights.shared_pairs, staged=True, factors=factors
+    )
     launch_in_turn(
         turns, kernel(SOURCE, "route", weights.macros), grid, 32 * ROUTE_WARPS,
         residual, norm.square_sums, norm.weight, norm.eps, weights.router,

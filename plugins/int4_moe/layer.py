@@ -73,6 +73,14 @@ class MoEWeights:
         return 0 if self.shared_proj is None else 64 * self.shared_proj.codes.shape[1]
 
     @property
+    def shared_pairs(self) -> int:
+        """Tiles of the shared expert's up weights, with those of its gate, that a block of `route` has.
+
+        Two for inputs of up to 2,048, as its registers allow: every block normalises all rows for itself.
+        """
+        return 2 if self.hidden <= 2048 and self.shared_width % 32 == 0 else 1
+
+    @property
     def units(self) -> int:
         """What a row goes through: the chosen experts, and the shared one as parts of their width."""
         return self.routing.top_k + self.shared_width // self.width
@@ -91,7 +99,7 @@ class MoEWeights:
             SHARED=self.shared_width, SIGMOID=int(self.routing.scoring == "sigmoid"), NORMALISE=int(self.routing.normalise),
             SCALING=float(self.routing.scaling), BIASED=int(self.correction_bias is not None),
             EXPERT_SCALED=int(self.fc.pre_quant_scale is not None), SHARED_SCALED=int(shared_scale is not None),
-            DOWN_BLOCK_WARPS=down_warps(self.hidden),
+            SHARED_PAIRS=self.shared_pairs, DOWN_BLOCK_WARPS=down_warps(self.hidden),
         )  # fmt: skip
 
 
@@ -152,7 +160,7 @@ class DecodeWorkspace(MoEWorkspace):
                 min(rows, COLUMNS), weights.routing.top_k, weights.width // 64, weights.hidden, device=device
             ),
             logit_sums=torch.zeros(weights.experts, dtype=torch.int64, device=device),
-            done=torch.zeros(5, dtype=torch.int32, device=device),
+            done=torch.zeros(4, dtype=torch.int32, device=device),
         )
 
 

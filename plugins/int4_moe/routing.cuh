@@ -35,14 +35,22 @@ struct RouterRow {
     // This part of the sum of each row's residual stream, to `store(row, sum)` in one lane.
     template <class Store>
     DEVICE void multiply(const float* residual, int rows, Store store) const {
+        float4 next[HELD];
+        auto load = [&](int i, int row) {
+            if (quad_of(i) < QUADS && row < rows) next[i] = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN)[quad_of(i)];
+        };
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            next[i] = {0.f, 0.f, 0.f, 0.f};
+            load(i, 0);
+        }
 #pragma unroll 1
         for (int row = 0; row < rows; ++row) {
-            const float4* x = reinterpret_cast<const float4*>(residual + size_t(row) * HIDDEN);
             u64 sum = 0;
 #pragma unroll
             for (int i = 0; i < HELD; ++i) {
-                float4 value = {0.f, 0.f, 0.f, 0.f};
-                if (quad_of(i) < QUADS) value = x[quad_of(i)];
+                float4 value = next[i];
+                load(i, row + 1);
                 scale_quad(value, factor[i]);
                 sum += fixed_logit(quad_product(value, weight[i]));
             }

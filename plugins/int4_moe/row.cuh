@@ -8,7 +8,7 @@ constexpr int SHARED_GROUPS = SHARED / TILE_INPUTS;
 
 // What blocks tell each other across launches, besides turns: how many have done their part. Zero between layers.
 struct Done {
-    u32 shared_up, routed, merged, listed, dense;
+    u32 shared_up, routed, merged, dense;
 };
 
 // Activation rows of one product, its high and low parts as columns 2 * slot and 2 * slot + 1.

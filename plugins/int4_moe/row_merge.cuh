@@ -4,7 +4,7 @@
 
 constexpr int UNITS = TOP_K + SHARED_PARTS;  // the chosen experts, then the parts of the shared one
 constexpr int MERGE_TILES = 2, MERGED = MERGE_TILES * TILE_ROWS, MERGE_BLOCKS = HIDDEN / MERGED;  // of outputs a block; outputs; blocks
-constexpr int CHAINS = SHARED_PARTS * 2 * MERGE_TILES;  // sums of half a part's groups for 16 outputs, one a warp
+constexpr int SHARED_HALVES = 2 * SHARED_PARTS;  // sums over halves of the shared expert's parts
 static_assert(HIDDEN % MERGED == 0, "sizes the kernels were written for");
 
 struct Merge {
@@ -14,6 +14,9 @@ struct Merge {
     float hidden_scales[SLOTS][larger(1, SHARED_GROUPS)], sums[UNITS][2][SLOTS][MERGED], weights[SLOTS][TOP_K];
     int chosen[SLOTS][TOP_K];
     float logits[SLOTS == 1 ? EXPERTS : 1];
+
+    // What a group gives of a tile's outputs, float [SLOTS, TILE_ROWS], in place of its codes.
+    DEVICE float* products(int tile, int group) { return reinterpret_cast<float*>(codes[tile][group]); }
 };
 
 // Sum `half` of unit `unit` is that of groups first .. first + count - 1.
@@ -24,17 +27,26 @@ DEVICE Half half_of(int unit, int half) {
     return {unit * DOWN_GROUPS + half * FIRST_GROUPS, half ? DOWN_GROUPS - FIRST_GROUPS : FIRST_GROUPS};
 }
 
-DEVICE void shared_down(Merge& held) {
+DEVICE void shared_down(Merge& held, int rows) {
 #pragma unroll 1
-    for (int chain = warp_id(); chain < CHAINS; chain += ROW_WARPS) {
-        const int tile = chain % MERGE_TILES, part = chain / MERGE_TILES >> 1, half = chain / MERGE_TILES & 1;
-        const Half groups = half_of(part, half);
-        float sum[2] = {0.f, 0.f};
+    for (int i = warp_id(); i < MERGE_TILES * SHARED_GROUPS; i += ROW_WARPS) {
+        const int tile = i % MERGE_TILES, group = i / MERGE_TILES;
+        const uint4 weight = held.codes[tile][group][lane_id()];
+        __syncwarp();
+        float product[2] = {0.f, 0.f};
+        fixed_row_tile<true>(product, weight, held.scales[tile][group][lane_id() >> 2],
+                             load_slots(held.hidden[0][group], sizeof(held.hidden[0])), held.hidden_scales[some_slot()][group]);
+        store_sums(held.products(tile, group), product);
+    }
+    __syncthreads();
+    const int at = threadIdx.x % MERGED, tile = at / TILE_ROWS, slot = threadIdx.x / MERGED % SLOTS;
 #pragma unroll 1
-        for (int i = groups.first; i < groups.first + groups.count; ++i)
-            fixed_row_tile<true>(sum, held.codes[tile][i][lane_id()], held.scales[tile][i][lane_id() >> 2],
-                                 load_slots(held.hidden[0][i], sizeof(held.hidden[0])), held.hidden_scales[some_slot()][i]);
-        store_sums(held.sums[TOP_K + part][half][0] + tile * TILE_ROWS, sum, MERGED);
+    for (int part = threadIdx.x / (MERGED * SLOTS); slot < rows && part < SHARED_HALVES; part += 32 * ROW_WARPS / (MERGED * SLOTS)) {
+        const Half groups = half_of(part >> 1, part & 1);
+        float sum = 0.f;
+#pragma unroll 4
+        for (int i = groups.first; i < groups.first + groups.count; ++i) sum += held.products(tile, i)[slot * TILE_ROWS + at % TILE_ROWS];
+        held.sums[TOP_K + (part >> 1)][part & 1][slot][at] = sum;
     }
 }
 
@@ -86,6 +98,12 @@ DEVICE void merge_part(Merge& held, int block, int rows, const Given& from, floa
     copy_commit();
     await_turn(turn);
     const float was = residual[size_t(own_row) * HIDDEN + output];
+    auto ask_hidden = [&] {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < rows * (SHARED / 8); i += 32 * ROW_WARPS) copy_async(held.hidden[0][0] + 16 * i, from.shared + 8 * i);
+        copy_commit();
+    };
+    if (SHARED && SLOTS > 1) ask_hidden();
     if (warp_id() < rows) {
         const float* logits = SLOTS == 1 ? lone_logits(held, from.scores, block == 0) : from.scores.logits + own_row * EXPERTS;
         choose_experts(logits, from.bias, held.chosen[own_row]);
@@ -93,21 +111,21 @@ DEVICE void merge_part(Merge& held, int block, int rows, const Given& from, floa
         weigh_experts(logits, held.chosen[own_row], held.weights[own_row]);
     }
     if (SHARED) {
-        await_count(&done->shared_up, from.shared_up);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < rows * (SHARED / 8); i += 32 * ROW_WARPS) copy_async(held.hidden[0][0] + 16 * i, from.shared + 8 * i);
-        copy_commit();
+        if (SLOTS == 1) {
+            await_count(&done->shared_up, from.shared_up);
+            ask_hidden();
+        }
         copy_wait<0>();
         __syncthreads();
 #pragma unroll 1
         for (int first = 4 * warp_id(); first < rows * SHARED_GROUPS; first += 4 * ROW_WARPS)
             fix_groups<4>(held.hidden[0][first], held.hidden_scales[0] + first, smaller(4, rows * SHARED_GROUPS - first));
         __syncthreads();
-        shared_down(held);
+        shared_down(held, rows);
     }
     await_count(&done->routed, from.routed);
     // A thread has one output of half a unit; then one of the sum.
-#pragma unroll 1
+#pragma unroll 2
     for (int i = threadIdx.x / MERGED; i < rows * 2 * TOP_K; i += 32 * ROW_WARPS / MERGED) {
         const int row = SLOTS == 1 ? 0 : i / (2 * TOP_K), unit = (i - row * 2 * TOP_K) >> 1, half = i & 1;
         const Half groups = half_of(unit, half);

@@ -24,42 +24,56 @@ struct Routed {
     float input_scales[UP_WARPS][Up::STEPS][SLOTS];
     Partials<UP_WARPS> partials[BLOCK_TILES];
     float hidden_scale[SLOTS];
-    int chosen;
+    int known;  // a lone row's expert
 };
 static_assert(EARLY_TILES > 0, "sizes the kernels were written for");
 
-// Second weights of a group of inputs, of which a warp has every ROW_WARPS-th tile of 16 outputs.
+// Second weights of a group of inputs, of which a warp has every ROW_WARPS-th tile of 16 outputs. group: of all experts' groups.
 struct Down {
     const uint4* codes;
     const u32* scales;
+    int group;
+
+    DEVICE Down(const uint4* all_codes, const u32* all_scales, int expert, int part)
+        : codes(all_codes), scales(all_scales), group(expert * DOWN_TILES * DOWN_GROUPS + part) {}
 
     // Tile i of this warp, if it is one of first .. end - 1.
     DEVICE void ask(Routed& held, int i, int first, int end) const {
         const int tile = warp_id() + i * ROW_WARPS;
         if (tile < first || (i * ROW_WARPS + ROW_WARPS > end && tile >= end)) return;
-        copy_async(held.down[0] + tile * 32 + lane_id(), codes + size_t(tile) * DOWN_GROUPS * 32 + lane_id());
-        if (lane_id() < 2) copy_async(&held.down_scales[tile][4 * lane_id()], scales + size_t(tile) * DOWN_GROUPS * 8 + 4 * lane_id());
+        const size_t at = group + tile * DOWN_GROUPS;
+        copy_async(held.down[0] + tile * 32 + lane_id(), codes + at * 32 + lane_id());
+        if (lane_id() < 2) copy_async(&held.down_scales[tile][4 * lane_id()], scales + at * 8 + 4 * lane_id());
     }
 };
 
-// A warp's 16 outputs of gate and up, for its slice of the inputs, to held.partials; asks for the second weights between.
-DEVICE void routed_up(Routed& held, const uint4* codes, const u32* scales, int first_tile, const Down& down) {
-    const int slice = warp_id() % UP_WARPS, pair = warp_id() / UP_WARPS;
-    const size_t tile = size_t(first_tile + pair) * Up::GROUPS;
-    codes += tile * 32, scales += tile * 8;
+// A warp's gate and up weights, 16 outputs each of its slice of the inputs, UP_DEPTH steps under way.
+struct UpWeights {
+    const uint4* codes;
+    const u32* scales;
+    int tile;  // of up, times groups
     Int4Weight weight[UP_DEPTH][2];
-    auto ask = [&](int place, int step) {
-        if (!Up::has(step, slice)) return;
+
+    DEVICE UpWeights(const uint4* all_codes, const u32* all_scales) : codes(all_codes), scales(all_scales) {}
+
+    DEVICE static int slice() { return warp_id() % UP_WARPS; }
+
+    DEVICE void ask(int place, int step) {
+        if (!Up::has(step, slice())) return;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) weight[place][r].load(codes, scales, r * EXPERT_TILES * Up::GROUPS + Up::group(step, slice));
-    };
-#pragma unroll
-    for (int step = 0; step < UP_DEPTH; ++step) ask(step, step);
-    if (SLOTS > 1) {  // where the expert is known before the inputs are there
-        copy_wait<0>();
-        __syncthreads();
+        for (int r = 0; r < 2; ++r) weight[place][r].load(codes, scales, tile + r * EXPERT_TILES * Up::GROUPS + Up::group(step, slice()));
     }
-    float sum[2][2] = {};
+    // The first steps of a part.
+    DEVICE void begin(int expert, int part) {
+        tile = (expert * 2 * EXPERT_TILES + part * BLOCK_TILES + warp_id() / UP_WARPS) * Up::GROUPS;
+#pragma unroll
+        for (int step = 0; step < UP_DEPTH; ++step) ask(step, step);
+    }
+};
+
+// What a warp's weights give with the inputs, to `sum`; asks for the second weights between.
+DEVICE void routed_up(Routed& held, UpWeights& up, const Down& down, float (&sum)[2][2]) {
+    const int slice = UpWeights::slice();
     // A loop, or else the inputs of all steps would be read first, into registers that are not there.
 #pragma unroll 1
     for (int first = 0; first < Up::STEPS; first += UP_DEPTH) {
@@ -71,15 +85,19 @@ DEVICE void routed_up(Routed& held, const uint4* codes, const u32* scales, int f
                 const uint4 x = load_slots(held.inputs[0][slice] + step * GROUP_BYTES, sizeof(held.inputs[0]));
                 const float x_scale = held.input_scales[slice][step][some_slot()];
 #pragma unroll
-                for (int r = 0; r < 2; ++r) fixed_row_tile(sum[r], weight[i][r].codes, weight[i][r].scale, x, x_scale);
+                for (int r = 0; r < 2; ++r) fixed_row_tile(sum[r], up.weight[i][r].codes, up.weight[i][r].scale, x, x_scale);
             }
-            if (step + UP_DEPTH < Up::STEPS) ask(i, step + UP_DEPTH);
+            if (step + UP_DEPTH < Up::STEPS) up.ask(i, step + UP_DEPTH);
             for (int tile = step; tile < WARP_TILES; tile += Up::STEPS) down.ask(held, tile, 0, EARLY_TILES);
         }
     }
     copy_commit();
+}
+
+// These sums to held.partials.
+DEVICE void store_up(Routed& held, const float (&sum)[2][2]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) store_sums(held.partials[pair][slice][r][0], sum[r]);
+    for (int r = 0; r < 2; ++r) store_sums(held.partials[warp_id() / UP_WARPS][UpWeights::slice()][r][0], sum[r]);
 }
 
 // One warp: the block's 64 gated products of a slot, as fixed point. scale: of these, or null.
@@ -95,13 +113,14 @@ DEVICE void routed_hidden(Routed& held, int slot, const u16* scale) {
     store_hidden(y, at, held.hidden[slot], &held.hidden_scale[slot]);
 }
 
-// What 64 inputs give of every output, to given [HIDDEN] of this lane's slot; null if that is not there.
-DEVICE void routed_down(const Routed& held, float* given) {
+// What 64 inputs give of the outputs of this warp's tiles first, first + 1 .. end - 1, to given [HIDDEN] of this lane's slot; null if that
+// is not there.
+DEVICE void routed_down(const Routed& held, float* given, int first = 0, int end = WARP_TILES) {
     const uint4 x = load_slots(held.hidden[0], GROUP_BYTES);
     const float x_scale = held.hidden_scale[some_slot()];
     const int g = lane_id() >> 2;
 #pragma unroll 4
-    for (int i = 0; i < WARP_TILES; ++i) {
+    for (int i = first; i < end; ++i) {
         const int tile = warp_id() + i * ROW_WARPS;
         if (i * ROW_WARPS + ROW_WARPS > DOWN_TILES && tile >= DOWN_TILES) break;
         float product[2];

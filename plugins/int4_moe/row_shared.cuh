@@ -4,6 +4,8 @@
 
 constexpr int SHARED_TILES = ROUTE_WARPS / UP_WARPS;  // of gated products a block has
 constexpr int SHARED_UP_BLOCKS = SHARED / TILE_ROWS / SHARED_TILES;
+// Of a row, under way at once in a lane. A short one all at once; a longer one would be in the way of the experts' blocks, which read it too.
+constexpr int READS = Up::STEPS <= 8 ? (Up::STEPS + 1) / 2 : 1;
 constexpr int SHARES = ROUTE_WARPS / UP_WARPS;  // decode.cu shares these inputs among ROUTE_WARPS warps: here a warp has the sums of SHARES
 
 struct SharedUp {
@@ -38,7 +40,7 @@ DEVICE void shared_up(SharedUp& held, int block, const float* residual, const fl
     if (next_scale && threadIdx.x < SHARED_TILES * TILE_ROWS) next = half_to_float(next_scale[output]);
     if (warp_id() < UP_WARPS) {
         u16* own = reinterpret_cast<u16*>(held.inputs[warp_id()]);
-        normalise_slice<HIDDEN, UP_WARPS, SHARED_SCALED != 0, 1>(AsHalves<Up::STRIDE>{own}, residual, square_sums, norm, scale, 1, eps);
+        normalise_row<HIDDEN, UP_WARPS, SHARED_SCALED != 0, READS>(AsHalves<Up::STRIDE>{own}, residual, square_sums, norm, scale, eps);
         __syncwarp();
         fix_groups<Up::STEPS>(own, held.input_scales[warp_id()], Up::count());
     }

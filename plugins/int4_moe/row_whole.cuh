@@ -81,16 +81,19 @@ DEVICE void routed_part(Routed& held, int slot, int part, const float* residual,
     const float rms = __shfl_sync(ALL, reciprocal_rms<HIDDEN>(square_sums, 1, eps), 0);
     if (chooses) {
         const int expert = chooser.choose(slot, rms);
-        if (lane_id() == 0) held.chosen = expert;
+        if (lane_id() == 0) held.known = expert;
     } else {
         inputs.fix(held, rms);
     }
     copy_wait<0>();
     __syncthreads();
-    const int expert = held.chosen;
-    const size_t group = size_t(expert) * DOWN_TILES * DOWN_GROUPS + part;
-    const Down down = {down_codes + group * 32, down_scales + group * 8};
-    routed_up(held, up_codes, up_scales, expert * 2 * EXPERT_TILES + part * BLOCK_TILES, down);
+    const int expert = held.known;
+    const Down down(down_codes, down_scales, expert, part);
+    UpWeights up(up_codes, up_scales);
+    up.begin(expert, part);
+    float sum[2][2] = {};
+    routed_up(held, up, down, sum);
+    store_up(held, sum);
     __syncthreads();
     if (warp_id() == 0) routed_hidden(held, 0, next_scale ? held.scale : nullptr);
     copy_wait<0>();

@@ -5,24 +5,24 @@
 #include "int4_moe/row_merge.cuh"
 #include "int4_moe/rows_part.cuh"
 
-// Blocks of the chosen experts come first, parts of entry 0 of the work list, of entry 1 ..., as many as there can be; the others add
-// up, MERGE_BLOCKS for each SLOTS rows. They wait for blocks of their own launch, which always find room: blocks are given out in order.
-// first: of the blocks, those that find the work list for themselves.
+// The first `routed` blocks have the parts of the chosen experts, of entry 0 of the work list, of entry 1 ..., in turns; each finds the list for
+// itself, which is sooner there than if one had told the others. The others add up, MERGE_BLOCKS for each SLOTS rows. They wait for blocks of their
+// own launch, which always find room: blocks are given out in order.
 extern "C" __global__ void __launch_bounds__(32 * ROW_WARPS, 2)
-    experts_rows(const char* inputs, const float* input_scales, float* logits, const float* bias, int* work, int first,
-                 const uint4* up_codes, const u32* up_scales, const u16* next_scale, const uint4* down_codes, const u32* down_scales,
-                 float* given, const uint4* shared_codes, const u32* shared_scales, const u16* shared_hidden, float* residual,
-                 float* square_sums, Done* done, int rows, TurnCounters* turns, int index, int before) {
+    experts_rows(const char* inputs, const float* input_scales, float* logits, const float* bias, const uint4* up_codes,
+                 const u32* up_scales, const u16* next_scale, const uint4* down_codes, const u32* down_scales, float* given,
+                 const uint4* shared_codes, const u32* shared_scales, const u16* shared_hidden, float* residual, float* square_sums,
+                 Done* done, int rows, int routed, TurnCounters* turns, int index, int before) {
     extern __shared__ uint4 shared[];
     const Turn turn = {turns, index, before};
-    const int merging = (rows + SLOTS - 1) / SLOTS * MERGE_BLOCKS, routed = int(gridDim.x) - merging, block = blockIdx.x;
+    const int merging = int(gridDim.x) - routed, block = blockIdx.x;
     if (block < routed) {
+        __shared__ int chosen[COLUMNS][TOP_K], counts[ROW_WARPS];
+        __shared__ Entry entries[MOST_TWICE];
         await_turn(turn);
-        const int at = block / DOWN_GROUPS;
-        const Listed listed = find_entry(at, logits, bias, work, done, rows, block < first);
-        if (at < listed.count)
-            routed_part(*reinterpret_cast<Routed*>(shared), listed.mine, block - at * DOWN_GROUPS, inputs, input_scales, up_codes, up_scales,
-                        next_scale, down_codes, down_scales, given);
+        const int count = list_work<ROW_WARPS, SLOTS>(logits, bias, rows, chosen, entries, counts);
+        const Experts all = {inputs, input_scales, up_codes, up_scales, next_scale, down_codes, down_scales, given};
+        routed_parts(*reinterpret_cast<Routed*>(shared), entries, block, routed, count * DOWN_GROUPS, all);
         count_done(&done->routed);
         return;
     }

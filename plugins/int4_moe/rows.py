@@ -27,19 +27,19 @@ def experts_rows(
     experts, hidden = weights.experts, weights.hidden
     groups = weights.width // 64
     entries = min(rows * weights.routing.top_k, experts * (1 if rows <= SLOTS else COLUMNS // SLOTS))
-    routed, summing = groups * entries, -(-rows // SLOTS) * (hidden // MERGED)
+    routed, summing = min(groups * entries, _at_once(residual)), -(-rows // SLOTS) * (hidden // MERGED)
     _, proj_codes, proj_scales = parts(weights.shared_proj)
     launch_in_turn(
         turns, kernel(SOURCE, "experts_rows", weights.macros), (routed + summing,), 32 * EXPERT_WARPS,
-        workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias, workspace.work, _at_once(residual),
+        workspace.inputs, workspace.input_scales, workspace.logits, weights.correction_bias,
         weights.fc.codes, weights.fc.scales, weights.proj.pre_quant_scale, weights.proj.codes, weights.proj.scales,
-        workspace.given, proj_codes, proj_scales, workspace.shared, residual, square_sums, workspace.done, rows,
+        workspace.given, proj_codes, proj_scales, workspace.shared, residual, square_sums, workspace.done, rows, routed,
         shared=expert_bytes(weights, SLOTS), counted=summing,
     )  # fmt: skip
 
 
 def _at_once(tensor: Tensor) -> int:
-    """How many blocks are there from the start, two to a multiprocessor; a few where kernels are emulated."""
+    """How many blocks are there at once, two to a multiprocessor; a few where kernels are emulated."""
     if not tensor.is_cuda:
         return 4
     count: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count

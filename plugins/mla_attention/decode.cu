@@ -275,21 +275,23 @@ DEVICE void attend_chunk(Chunk& held, int rows, float scale, int seen, int head0
     }
 }
 
-// Block (chunk, tile of 16 heads, ATTEND_ROWS rows); a plane of blocks past the rows' fetches ahead. outputs half [rows, chunks, HEADS, RANK],
+// Block (tile of 16 heads, ATTEND_ROWS rows, chunk), so that those past the cursor, which have nothing to do, come last and share
+// multiprocessors; blocks past `room` chunks fetch ahead. outputs half [rows, chunks, HEADS, RANK],
 // shares [rows, chunks, HEADS]; `chunks` is how many the workspace has room for. Scores are in units of log2(e).
 extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, 1)
     attend(const u16* queries, const Latent* latent_cache, const u16* latent_scales, const u16* rope_cache, const int* cursor,
-           float scale, u16* outputs, Share* shares, int chunks, int all_rows, const u64* ahead, int ahead_count, TurnCounters* turns,
-           int index, int before) {
+           float scale, u16* outputs, Share* shares, int chunks, int all_rows, int room, const u64* ahead, int ahead_count,
+           TurnCounters* turns, int index, int before) {
     const Turn turn = {turns, index, before};
     extern __shared__ uint4 shared[];
     Chunk& held = *reinterpret_cast<Chunk*>(shared);
-    const int row = blockIdx.z * ATTEND_ROWS, rows = smaller(ATTEND_ROWS, all_rows - row);
-    if (rows <= 0) {  // of launches that do not overlap
-        fetch_ahead(ahead, ahead_count, blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
+    const int row = blockIdx.y * ATTEND_ROWS, rows = smaller(ATTEND_ROWS, all_rows - row);
+    const int chunk = blockIdx.z, head0 = blockIdx.x * 16, first = chunk * CHUNK;
+    if (int(blockIdx.z) >= room) {  // of launches that do not overlap
+        const int plane = gridDim.x * gridDim.y;
+        fetch_ahead(ahead, ahead_count, (chunk - room) * plane + blockIdx.y * gridDim.x + blockIdx.x, (gridDim.z - room) * plane);
         return;
     }
-    const int chunk = blockIdx.x, head0 = blockIdx.y * 16, first = chunk * CHUNK;
     const int cached = *cursor, seen = cached + row + 1 - first;  // positions the first row sees, from the chunk's first on
     const bool any = seen + rows > 1;
     load_keys(held.keys[0], latent_cache, latent_scales, rope_cache, first, cached, true);

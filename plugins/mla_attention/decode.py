@@ -20,6 +20,7 @@ CHUNK = 32
 MOST_POSITIONS = 128 * CHUNK
 _ABSORB_WARPS, _ATTEND_WARPS, _COMBINE_WARPS = 4, 16, 8
 _SCORE_PARTS = 4
+_APART = 165  # five quarters of an H200's multiprocessors
 _PAIRS = 2 * 32 * _ABSORB_WARPS
 
 
@@ -105,7 +106,9 @@ def mla_decode(
     w = weights
     latent, k_pe = kv if isinstance(kv, tuple) else (kv, kv[:, w.rank :])
     combine_tiles = tiles_of_values(w.value, w.heads, rows)
-    together = rows_of_a_block(rows)
+    chunks, heads16 = workspace.chunks, -(-w.heads // 16)
+    room = min(chunks, -(-span // CHUNK))
+    together = rows_of_a_block(rows, rows * heads16 * room)
     macros = defines(
         HEADS=w.heads, NOPE=w.nope, ROPE=w.rope, VALUE=w.value, RANK=w.rank, COMBINE_TILES=combine_tiles,
         ATTEND_ROWS=together, INT8_LATENT=int(scales is not None),
@@ -113,7 +116,7 @@ def mla_decode(
     tiles = -(-rows // COLUMNS)
     append_blocks = 1 + -(-(w.heads + 1) * (w.rope // 2) // _PAIRS)
     absorb_blocks = -(-w.heads * (w.rank // 16) // _ABSORB_WARPS) + COLUMNS * append_blocks
-    queries, outputs, shares, chunks = workspace.queries, workspace.outputs, workspace.shares, workspace.chunks
+    queries, outputs, shares = workspace.queries, workspace.outputs, workspace.shares
     launch_in_turn(
         turns,
         kernel(SOURCE, "absorb", macros),
@@ -135,12 +138,11 @@ def mla_decode(
         rows,
     )
     scale = (w.nope + w.rope) ** -0.5 * math.log2(math.e)
-    room = min(chunks, -(-span // CHUNK))
-    heads16 = -(-w.heads // 16)
-    extra = int(coming.count > 0 and turns is None)
+    groups = -(-rows // together)
+    extra = -(-room // groups) if coming.count and turns is None else 0
     launch_in_turn(
-        turns, kernel(SOURCE, "attend", macros), (room, heads16, -(-rows // together) + extra), 32 * _ATTEND_WARPS,
-        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, rows,
+        turns, kernel(SOURCE, "attend", macros), (heads16, groups, room + extra), 32 * _ATTEND_WARPS,
+        queries, latent_cache, scales, rope_cache, cursor, scale, outputs, shares, chunks, rows, room,
         coming.pieces, coming.count, shared=attend_bytes(w.rank + w.rope, together),
     )  # fmt: skip
     launch_in_turn(
@@ -150,9 +152,12 @@ def mla_decode(
     )  # fmt: skip
 
 
-def rows_of_a_block(rows: int) -> int:
-    """Rows that a block of `attend` loads keys for: few are faster apart; no result depends on it."""
-    return 2 if rows > 2 else 1
+def rows_of_a_block(rows: int, blocks: int) -> int:
+    """Rows that a block of `attend` loads keys for; no result depends on it.
+
+    blocks: with a row each. They are faster apart while they have a multiprocessor each, but for those past the cursor.
+    """
+    return 2 if rows > 2 and blocks > _APART else 1
 
 
 def attend_bytes(key: int, rows: int) -> int:

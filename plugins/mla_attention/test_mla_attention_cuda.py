@@ -52,14 +52,15 @@ SIZES = {"nano": Size(8, 32, 32, 32, 128), "small": Size(16, 128, 64, 128, 512),
 def test_compiles(arch: str, size: Size, rows: int, coded: bool) -> None:
     macros = {name.upper(): value for name, value in size._asdict().items()}
     macros |= {"COMBINE_TILES": tiles_of_values(size.value, size.heads, rows), "INT8_LATENT": int(coded)}
-    macros["ATTEND_ROWS"] = together = rows_of_a_block(rows)
+    macros["ATTEND_ROWS"] = together = rows_of_a_block(rows, 64 * rows)
     _, kernels = compile_source((PLUGINS / SOURCE).read_text(), macros, arch)
     assert set(kernels) == {"absorb", "attend", "combine"}
     for usage in kernels.values():
         assert usage.spilled == usage.stack == 0
         assert usage.shared <= SHARED_LIMIT
     assert kernels["attend"].shared + attend_bytes(size.rank + size.rope, together) <= SHARED_LIMIT
-    assert kernels["attend"].registers * 512 <= 65536
+    # With a row a block, launches overlap: others find room beside it.
+    assert kernels["attend"].registers <= (48 if together == 1 else 128)
     assert max(usage.registers for usage in kernels.values()) * 256 <= 65536
 
 
