@@ -96,7 +96,9 @@ DEVICE void work(const Arguments& a, const uint4* weights, const u32* scales, in
     // Registers a step needs: as many steps are under way as fit beside the rest.
     constexpr int WEIGHT = Weight::REGISTERS * TILES;
     constexpr int STEP = STAGED ? WEIGHT : WEIGHT + (SCALE ? 16 : 8);
-    constexpr int DEPTH = smaller(STEPS, larger(1, (STAGED ? (FIXED && !ONE_ROW ? 40 : Weight::BYTES ? 72 : ONE_ROW || STEPS < 5 ? 80 : 64) : WARPS > 8 ? 72 : 88) / STEP));
+    constexpr int FOR_INT4 = FIXED && !ONE_ROW ? 40 : 72, FOR_HALVES = ONE_ROW || STEPS <= 4 ? 80 : 64;
+    constexpr int ROOM = !STAGED ? (WARPS > 8 ? 72 : 88) : Weight::BYTES ? FOR_INT4 : FOR_HALVES;
+    constexpr int DEPTH = smaller(STEPS, larger(1, ROOM / STEP));
 
     // Of the others, as many as fit go by way of shared memory.
     constexpr int STEP_BYTES = TILES * Weight::BYTES;

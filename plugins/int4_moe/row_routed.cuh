@@ -24,7 +24,7 @@ struct Routed {
     float input_scales[UP_WARPS][Up::STEPS][SLOTS];
     Partials<UP_WARPS> partials[BLOCK_TILES];
     float hidden_scale[SLOTS];
-    int known;  // a lone row's expert
+    int known;  // a lone row's expert; how many parts several rows have
 };
 static_assert(EARLY_TILES > 0, "sizes the kernels were written for");
 
