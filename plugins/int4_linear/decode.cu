@@ -70,8 +70,8 @@ DEVICE void multiply_fixed(float (&sum)[TILES][4], const Int4Weight (&weight)[TI
     }
     // What a row that is not there gives is never used.
     const FixedActivation x = load_fixed(rows_x + smaller(lane_id() >> 2, rows - 1) * Part::STRIDE);
-    const int column = ONE_ROW ? 0 : 2 * (lane_id() & 3);
-    const float2 by = {scales[column], scales[smaller(column + 1, SCALE_ROWS - 1)]};
+    const int column = 2 * (lane_id() & 3);
+    const float2 by = {scales[column], scales[column + 1]};
 #pragma unroll
     for (int r = 0; r < TILES; ++r) fixed_tile(sum[r], weight[r].codes, weight[r].scale, x, by);
 }

@@ -129,7 +129,7 @@ class MoEWorkspace:
         return cls(
             torch.empty(rows, experts, device=device),
             torch.empty(rows, k, device=device),
-            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, 2 * experts), dtype=torch.int32, device=device),
+            torch.zeros(tiles, 1 + 3 * min(COLUMNS * k, experts), dtype=torch.int32, device=device),
             torch.empty(tiles * COLUMNS, hidden, dtype=torch.half, device=device),
             torch.empty(tiles, hidden // 64, COLUMNS, device=device),
             torch.empty(rows, k, weights.width, dtype=torch.half, device=device),

@@ -179,7 +179,7 @@ DEVICE int list_work(const float* logits, const float* bias, int rows, int (*cho
 
 // A tile of rows' work list in memory, int32: how many entries; then of each its expert, its rows as 8 bits, and the slot each row has it
 // in, 4 bits a row.
-constexpr int WORK_SIZE = 1 + 3 * MOST_TWICE;
+constexpr int WORK_SIZE = 1 + 3 * MOST_ENTRIES;
 
 // The whole block.
 template <int WARPS>

@@ -85,11 +85,8 @@ def dense_macros(dense: LinearWeight, weights: MoEWeights, turns: int) -> Define
 def dense_bytes(values: Defines) -> int:
     """Dynamic shared memory of a block of `dense_row`: the larger of `Dense` and `SharedUp` (row_dense.cuh, row_shared.cuh)."""
     macro = dict(values)
-    hidden, turns, steps = (
-        int(macro["HIDDEN"]),
-        int(macro["DENSE_TURNS"]),
-        -(-int(macro["DENSE_IN"]) // 64 // ROUTE_WARPS),
-    )
+    hidden, turns = int(macro["HIDDEN"]), int(macro["DENSE_TURNS"])
+    steps = -(-int(macro["DENSE_IN"]) // 64 // ROUTE_WARPS)
     landing = _TILE * steps * (ROUTE_WARPS if turns > 1 else 1)
     dense = 64 * turns * int(macro["EXPERTS"]) + landing + 128 * steps * ROUTE_WARPS + 64 * turns * (ROUTE_WARPS + 1)
     steps = -(-hidden // 64 // _SLICES)

@@ -287,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(ATTEND_THREADS, 1)
     Chunk& held = *reinterpret_cast<Chunk*>(shared);
     const int row = blockIdx.y * ATTEND_ROWS, rows = smaller(ATTEND_ROWS, all_rows - row);
     const int chunk = blockIdx.z, head0 = blockIdx.x * 16, first = chunk * CHUNK;
-    if (int(blockIdx.z) >= room) {  // of launches that do not overlap
+    if (chunk >= room) {  // of launches that do not overlap
         const int plane = gridDim.x * gridDim.y;
         fetch_ahead(ahead, ahead_count, (chunk - room) * plane + blockIdx.y * gridDim.x + blockIdx.x, (gridDim.z - room) * plane);
         return;

@@ -57,9 +57,9 @@ DEVICE u32 half2_larger(u32 a, u32 b) {
 
 DEVICE float4 quad_of(u32 first, u32 second) { return {low_half(first), high_half(first), low_half(second), high_half(second)}; }
 
-// One warp: `count` groups of halves side by side become fixed point in their place, eight lanes a group; their scales STRIDE apart.
+// One warp: `count` groups of halves side by side become fixed point in their place, eight lanes a group.
 // MOST: of count.
-template <int MOST, int STRIDE = 1>
+template <int MOST>
 DEVICE void fix_groups(void* groups, float* scales, int count) {
     constexpr int TURNS = (MOST + 3) / 4;
     uint4 value[TURNS];
@@ -85,7 +85,7 @@ DEVICE void fix_groups(void* groups, float* scales, int count) {
             char* to = own + i * 4 * GROUP_BYTES + 8 * eighth;
             *reinterpret_cast<uint2*>(to) = uint2{first.high, second.high};
             *reinterpret_cast<uint2*>(to + TILE_INPUTS) = uint2{first.low, second.low};
-            if (eighth == 0) scales[(i * 4 + (lane_id() >> 3)) * STRIDE] = by.scale;
+            if (eighth == 0) scales[i * 4 + (lane_id() >> 3)] = by.scale;
         }
     }
 }
